@@ -1,0 +1,50 @@
+"""Faster float32 matrix products on x86 CPUs during generation: oneDNN kernels on weights packed for them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+# Packing holds a second copy of the weights; a model that takes more than this share of free memory is left as it is.
+MEMORY_SHARE = 0.4
+
+
+@contextmanager
+def packed_linears(model: nn.Module) -> Iterator[int]:
+    """
+    Within the context, float32 `nn.Linear` modules on the CPU compute through oneDNN; yields how many do.
+
+    PyTorch sends float32 products to MKL, which on AMD processors runs at a third of oneDNN's speed (measured by
+    scripts/benchmarks/personas.py). The packed copies live only as long as the context, so that a weight edited
+    between two generations is never stale; hooks on the modules run as before. Does nothing where oneDNN is missing,
+    under autograd, for modules with a forward of their own, or when memory is short.
+    """
+    linears = [m for m in model.modules() if _packable(m)] if torch.backends.mkldnn.is_available() else []
+    wanted = sum(m.weight.numel() * m.weight.element_size() for m in linears)
+    if torch.is_grad_enabled() or wanted > MEMORY_SHARE * psutil.virtual_memory().available:
+        linears = []
+    # A forward set on the instance wins over the class's and is removed again by deleting it.
+    for linear in linears:
+        linear.forward = _PackedLinear(linear)
+    try:
+        yield len(linears)
+    finally:
+        for linear in linears:
+            del linear.forward
+
+
+def _packable(module: nn.Module) -> bool:
+    if type(module) is not nn.Linear or "forward" in vars(module):
+        return False
+    return module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
+
+
+class _PackedLinear:
+    def __init__(self, linear: nn.Linear) -> None:
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self.bias = linear.bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")

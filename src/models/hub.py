@@ -1,0 +1,109 @@
+"""Finding a model's files: a bundled model, a local folder, or the hub, with errors that say what to do. No torch."""
+
+import logging
+import re
+from pathlib import Path
+
+from src.common.errors import InputError
+
+LOGGER = logging.getLogger(__name__)
+
+# The files that a load reads; never pickled weights, never the second copies that some repositories keep.
+PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+IGNORED = ["original/*", "consolidated*.safetensors", "onnx/*", "openvino/*", "*.bin", "*.pt", "*.pth"]
+HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+
+
+def split_reference(model_id: str, adapter_path: Path | None = None) -> tuple[str, str | None]:
+    """
+    (model, adapter) of a model reference `X[+ADAPTER]`. Raises InputError when an adapter is named twice.
+
+    A `+` inside an existing folder's name is part of the name.
+    """
+    if "+" not in model_id or Path(model_id).exists():
+        return model_id, str(adapter_path) if adapter_path else None
+    base, adapter = model_id.rsplit("+", 1)
+    if adapter_path:
+        raise InputError(f"--model_id {model_id} names an adapter and so does --adapter_path {adapter_path}; drop one")
+    return base, adapter
+
+
+def model_folder(model_id: str, revision: str | None = None) -> Path:
+    """
+    The local folder that holds a model's files, fetched from the hub when it is a hub id.
+
+    Raises InputError for a folder that is missing or holds no config.json or weights, an unknown or gated hub id, an
+    unknown revision, or an unreachable hub.
+    """
+    from src.models.bundled import PREFIX, bundled_folder
+
+    if model_id.startswith(PREFIX):
+        return bundled_folder(model_id)
+    return _checked(_local_or_hub(model_id, revision, "--model_id"), "config.json", f"--model_id {model_id}")
+
+
+def adapter_folder(adapter: str) -> Path:
+    """The local folder of a LoRA adapter (local or hub). Raises InputError as `model_folder` does."""
+    return _checked(_local_or_hub(adapter, None, "--adapter_path"), "adapter_config.json", f"--adapter_path {adapter}")
+
+
+def _local_or_hub(name: str, revision: str | None, flag: str) -> Path:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise InputError(f"{flag} {name}: this is a file; expected a folder, a hub id or bundled:smollm2-135m")
+    if not HUB_ID.match(name) or name.startswith("."):
+        raise InputError(f"{flag} {name}: no such folder, and not a hub id (owner/name); check the path")
+    return download(name, revision, flag)
+
+
+def _checked(folder: Path, config_name: str, what: str) -> Path:
+    if not (folder / config_name).is_file():
+        raise InputError(f"{what}: {folder} holds no {config_name}; expected a folder as save_pretrained writes it")
+    if not any(folder.glob("*.safetensors")):
+        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        remedy = f"convert {', '.join(others)} to safetensors" if others else "fetch it again with src.download_model"
+        raise InputError(f"{what}: {folder} holds no weights (*.safetensors); {remedy}")
+    return folder
+
+
+def download(repo_id: str, revision: str | None, flag: str = "--model_id", local_dir: Path | None = None) -> Path:
+    """
+    Fetch what a load needs of a hub repository into the cache, or into `local_dir`; returns the folder.
+
+    Files already there are not fetched again. Raises InputError, each with its remedy, for a gated repository without
+    access, an unknown id or revision, and a hub that does not answer.
+    """
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        folder = snapshot_download(
+            repo_id, revision=revision, allow_patterns=PATTERNS, ignore_patterns=IGNORED, local_dir=local_dir
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.HTTPError) as error:
+        raise explained(error, repo_id, revision, flag) from error
+    return Path(folder)
+
+
+def explained(error: Exception, repo_id: str, revision: str | None, flag: str) -> InputError:
+    """The hub's exception in words that say what to do."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    name = f"{flag} {repo_id}"
+    cause = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
+    if isinstance(cause, GatedRepoError):
+        return InputError(
+            f"{name}: this model is gated. Ask for access on its page on the hub, then set HF_TOKEN to a token of that account"
+        )
+    if isinstance(cause, RevisionNotFoundError):
+        return InputError(f"{name}: it has no revision {revision!r}; leave --revision out for the newest")
+    if isinstance(cause, RepositoryNotFoundError):
+        return InputError(f"{name}: no such folder here and no such model on the hub (or it is private: set HF_TOKEN)")
+    return InputError(
+        f"{name}: not in the local cache, and the hub cannot be reached ({type(cause).__name__}). Fetch it where there is "
+        f"internet with `uv run -m src.download_model --model_id {repo_id} --output_dir FOLDER` and pass that folder, "
+        f"or try bundled:smollm2-135m"
+    )

@@ -1,0 +1,155 @@
+"""One wrapper around a causal language model on transformers: loading, generating with uncertainty, decoding."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from src.common.errors import InputError
+from src.common.model_config import ModelConfigBase
+from src.models import loading
+from src.models.cpu_linear import packed_linears
+from src.models.devices import FREE_MEMORY_SHARE, free_memory, is_out_of_memory
+from src.models.generation import Row, decode_batch, needs_equal_lengths
+from src.models.types import GenerationRequest, GenerationResult
+
+LOGGER = logging.getLogger(__name__)
+
+
+class LanguageModel:
+    """A model with its tokenizer. The engine on transformers: `generate` takes and gives what every engine does."""
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, facts: dict[str, str | None] | None = None):
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.facts = facts or {}
+        """What provenance records: fingerprints, device, dtype."""
+        self.eos_ids = loading.eos_token_ids(model, tokenizer)
+        self.context_length = loading.context_length(model)
+        self._equal_lengths = needs_equal_lengths(model)
+
+    @classmethod
+    def load(cls, config: ModelConfigBase) -> "LanguageModel":
+        """
+        Load what a command's model settings name, weights, tokenizer and adapter.
+
+        Raises InputError for a model or adapter that cannot be found, reached, read or run here.
+        """
+        return cls(*loading.load(config))
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        on_result: Callable[[GenerationResult], None],
+        on_tokens: Callable[[int], None] = lambda n: None,
+        batch_size: int = 256,
+        top_k: int = 5,
+    ) -> None:
+        """
+        Continue every request; `on_result` gets each result as soon as it is there, in no fixed order.
+
+        on_tokens: called after each step with the number of tokens it added. batch_size: rows at once, fewer where
+        memory is short; a result does not depend on it. Raises InputError when a prompt fills the context, and
+        FloatingPointError when the logits hold NaN.
+        """
+        self._refuse_unsupported(requests)
+        queue = [self._fitted(request) for request in sorted(requests, key=lambda r: -len(r.token_ids))]
+        with torch.inference_mode(), packed_linears(self.model):
+            pass_on = lambda row, reason: on_result(self._result(row, reason))  # noqa: E731
+            self._drain(queue, batch_size, top_k, pass_on, on_tokens)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of generated tokens, special tokens left out."""
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _refuse_unsupported(self, requests: Sequence[GenerationRequest]) -> None:
+        for request in requests:
+            if request.interventions or request.capture is not None:
+                raise InputError(f"request {request.id!r} asks for interventions or a capture, which this engine cannot do")
+            if self.context_length and len(request.token_ids) >= self.context_length:
+                raise InputError(
+                    f"request {request.id!r}: its prompt has {len(request.token_ids)} tokens and the model's context "
+                    f"{self.context_length}; shorten the prompt or take a model with a longer context"
+                )
+
+    def _fitted(self, request: GenerationRequest) -> GenerationRequest:
+        room = (self.context_length or len(request.token_ids) + request.max_tokens) - len(request.token_ids)
+        return request if request.max_tokens <= room else replace(request, max_tokens=room)
+
+    def _drain(
+        self,
+        queue: list[GenerationRequest],
+        batch_size: int,
+        top_k: int,
+        on_row: Callable[[Row, str], None],
+        on_tokens: Callable[[int], None],
+    ) -> None:
+        pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        while queue:
+            batch = self._next_batch(queue, batch_size)
+            done: set[str] = set()
+
+            def finish(row: Row, reason: str, done: set[str] = done) -> None:
+                done.add(row.request.id)
+                on_row(row, reason)
+
+            failed = False
+            try:
+                decode_batch(
+                    self.model, batch, eos_ids=self.eos_ids, pad_id=pad_id, k=top_k, on_row=finish, on_tokens=on_tokens
+                )
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                failed = True
+            if failed:
+                # Outside the handler, where the traceback no longer holds the batch's tensors.
+                batch_size = self._halved(batch)
+            queue = [r for r in batch if r.id not in done] + queue[len(batch) :]
+
+    def _next_batch(self, queue: list[GenerationRequest], batch_size: int) -> list[GenerationRequest]:
+        batch = queue[: min(batch_size, self._rows_that_fit(queue))]
+        if self._equal_lengths:
+            batch = [r for r in batch if len(r.token_ids) == len(batch[0].token_ids)]
+        return batch
+
+    def _rows_that_fit(self, queue: list[GenerationRequest]) -> int:
+        longest = len(queue[0].token_ids) + max(r.max_tokens for r in queue)
+        row_bytes = loading.cache_bytes_per_token(self.model) * longest
+        return max(1, int(FREE_MEMORY_SHARE * free_memory(self.device) // max(1, row_bytes)))
+
+    def _halved(self, batch: list[GenerationRequest]) -> int:
+        if len(batch) == 1:
+            raise InputError(
+                f"out of memory with a single row of {len(batch[0].token_ids)} prompt tokens and up to "
+                f"{batch[0].max_tokens} more; lower --max_tokens or take a smaller model, dtype or another device"
+            )
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        LOGGER.warning("Out of memory with %d rows at once; going on with %d", len(batch), len(batch) // 2)
+        return len(batch) // 2
+
+    def _result(self, row: Row, finish_reason: str) -> GenerationResult:
+        return GenerationResult(
+            id=row.request.id,
+            token_ids=tuple(row.tokens),
+            text=self.decode(row.tokens),
+            entropy=tuple(row.entropy),
+            top_k_mass=tuple(row.top_k_mass),
+            finish_reason=finish_reason,
+        )
+
+
+def generate_all(engine: LanguageModel, requests: Sequence[GenerationRequest], **settings: int) -> list[GenerationResult]:
+    """`engine.generate` with the results gathered, in the requests' order."""
+    results: dict[str, GenerationResult] = {}
+    engine.generate(requests, on_result=lambda result: results.__setitem__(result.id, result), **settings)
+    return [results[request.id] for request in requests]

@@ -1,0 +1,148 @@
+"""From a model reference to a model in memory: files, number format, device, quantization, adapter."""
+
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig
+from transformers import PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from src.common.errors import InputError
+from src.common.model_config import ModelConfigBase
+from src.models.devices import free_memory, resolve_device, resolve_dtype
+from src.models.fingerprint import fingerprint
+from src.models.hub import adapter_folder, model_folder, split_reference
+
+LOGGER = logging.getLogger(__name__)
+
+
+def load(config: ModelConfigBase) -> tuple[nn.Module, PreTrainedTokenizerBase, dict[str, str | None]]:
+    """The model in evaluation mode, its tokenizer, and the facts that provenance records."""
+    model_id, adapter = split_reference(config.model_id, config.adapter_path)
+    folder = model_folder(model_id, config.revision)
+    adapter_at = adapter_folder(adapter) if adapter else None
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    tokenizer = load_tokenizer(folder, config.trust_remote_code)
+    model = _load_weights(folder, config, device, dtype)
+    if adapter_at:
+        model = attach_adapter(model, adapter_at)
+    facts = {
+        "model_fingerprint": fingerprint(folder),
+        "adapter_fingerprint": fingerprint(adapter_at) if adapter_at else None,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    return model, tokenizer, facts
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder. Raises InputError when the folder holds none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: cannot load a tokenizer from it: {_first_line(error)}") from error
+
+
+def _load_weights(folder: Path, config: ModelConfigBase, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    try:
+        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model_id {config.model_id}: {_first_line(error)}") from error
+    causal = type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(model_config, "auto_map")
+    auto_class = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+    try:
+        model = auto_class.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map=_device_map(folder, device, config.quantization),
+            quantization_config=_quantization(config.quantization, device, dtype),
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model_id {config.model_id}: {_first_line(error)}") from error
+    model.requires_grad_(False)
+    return model if hasattr(model, "hf_device_map") else model.to(device)
+
+
+def _device_map(folder: Path, device: torch.device, quantization: str) -> str | dict[str, torch.device] | None:
+    # A map over several devices costs a transfer a layer, so only a model that one device cannot hold gets one.
+    if device.type != "cuda":
+        return None
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) // (4 if quantization == "nf4" else 1)
+    if size > 0.9 * free_memory(device) and torch.cuda.device_count() > 1:
+        LOGGER.info("%.1f GB of weights do not fit on %s: spreading over all CUDA devices", size / 1e9, device)
+        return "auto"
+    return {"": device}
+
+
+def _quantization(name: str, device: torch.device, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if name == "none":
+        return None
+    if device.type != "cuda":
+        raise InputError(f"--quantization {name} needs a CUDA device and this is {device}; leave it out")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=name, bnb_4bit_compute_dtype=dtype)
+
+
+def attach_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """
+    `model` with the LoRA adapter in `folder` acting on it, not merged.
+
+    Raises InputError when a tensor of the adapter finds no place in the model, or the other way round: PEFT only warns,
+    and the numbers would be the base model's.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            wrapped = PeftModel.from_pretrained(model, folder)
+        except (ValueError, RuntimeError) as error:
+            raise InputError(f"--adapter_path {folder}: {_first_line(error)}") from error
+    stored: set[str] = set()
+    for file in folder.glob("adapter_model*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            stored |= set(tensors.keys())
+    present = set(get_peft_model_state_dict(wrapped))
+    if stored != present:
+        odd = sorted(stored ^ present)
+        raise InputError(
+            f"--adapter_path {folder}: the adapter does not fit {type(model).__name__}: {len(stored - present)} of its "
+            f"tensors have no place there and {len(present - stored)} places stay empty, {odd[0]} for one; "
+            f"take the base model that adapter_config.json names"
+        )
+    for warning in caught:
+        LOGGER.info("While loading the adapter: %s", warning.message)
+    wrapped.requires_grad_(False)
+    # PEFT put its layers into the model itself; the wrapper would only hide where the decoder's parts are.
+    return wrapped.get_base_model()
+
+
+def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every token that ends a response: the generation config's, all of them, and the tokenizer's own."""
+    generation = getattr(model, "generation_config", None)
+    stated = (generation.eos_token_id if generation else None) or model.config.get_text_config(decoder=True).eos_token_id
+    listed = stated if isinstance(stated, list) else [stated]
+    return frozenset(i for i in [*listed, tokenizer.eos_token_id] if i is not None)
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Tokens that the model's positions reach, None where its config states no bound."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def cache_bytes_per_token(model: nn.Module) -> int:
+    """Bytes of keys and values that one token of one row takes in the cache, an upper bound with sliding windows."""
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
