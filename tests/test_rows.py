@@ -89,7 +89,7 @@ def test_missing_ids_are_the_index(tmp_path: Path) -> None:
     for name, text in {
         "list.json": '["one", "two, or so"]',
         "objects.json": '[{"question": "one"}, {"text": "two, or so"}]',
-        "lines.jsonl": '{"prompt": "one"}\n\n"two, or so"',
+        "lines.jsonl": '{"prompt": "one"}\n\n{"prompt": "two, or so"}',
         "table.csv": 'text,label\none,1\n\n"two, or so",2\n',
         "plain.txt": "\ufeffone\r\n \r\ntwo, or so",
     }.items():
@@ -139,9 +139,10 @@ PROMPT_ERRORS = [
     ("p.json", '[{"prompt": "a", "id": ""}]', 1, "id is empty"),
     ("p.json", '[{"prompt": "a", "id": 1.5}]', 1, "id is the number 1.5"),
     ("p.json", '[{"prompt": "a", "id": true}]', 1, "id is the value True"),
-    ("p.jsonl", '"a"\n{"prompt": }', 2, "malformed JSON"),
-    ("p.jsonl", '"a"\n\n{"prompt": "b"} 3', 3, "text after the JSON value"),
-    ("p.jsonl", '"a"\n{}', 2, "no key .* in {}"),
+    ("p.jsonl", '{"prompt": "a"}\n{"prompt": }', 2, "Expecting value at column 12"),
+    ("p.jsonl", '{"prompt": "a"}\n\n{"prompt": "b"} 3', 3, "Extra data at column 17"),
+    ("p.jsonl", '"a"', 1, "a JSON str; expected one JSON object a line"),
+    ("p.jsonl", '{"prompt": "a"}\n{}', 2, "no key .* in {}"),
     ("p.jsonl", "\n\n", 1, "no prompts in it"),
     ("p.csv", "", 1, "no prompts in it"),
     ("p.csv", "id,promt\n1,a", 1, 'is "promt" meant to be "prompt"'),

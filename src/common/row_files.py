@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from src.common.errors import InputError
+from src.common.jsonl import read_jsonl
 
 Row = tuple[str, object]
 ColumnCheck = Callable[[str, list[str]], object]
@@ -51,7 +52,7 @@ def json_rows(path: Path) -> Iterator[Row]:
     closed = text[position : position + 1] == "]"
     while not closed:
         line, counted = line + text.count("\n", counted, position), position
-        value, position = _decode(text, position, path, line, first_line=1)
+        value, position = _decode(text, position, path, line)
         yield f"{path}:{line}", value
         position = _after_white_space(text, position)
         if text[position : position + 1] not in {",", "]"}:
@@ -65,15 +66,9 @@ def json_rows(path: Path) -> Iterator[Row]:
 
 
 def jsonl_rows(path: Path) -> Iterator[Row]:
-    """One JSON value a line, blank lines skipped. Raises InputError as `json_rows`."""
-    # Not splitlines(): U+2028 and its like may stand unescaped inside a JSON string.
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip(JSON_WHITE_SPACE):
-            continue
-        value, end = _decode(line, _after_white_space(line, 0), path, number, first_line=number)
-        if _after_white_space(line, end) < len(line):
-            raise InputError(f"{path}:{number}: text after the JSON value; expected one value a line")
-        yield f"{path}:{number}", value
+    """One JSON object a line, blank lines skipped. Raises InputError as `read_jsonl`."""
+    for number, row in read_jsonl(path):
+        yield f"{path}:{number}", row
 
 
 def text_rows(path: Path) -> Iterator[Row]:
@@ -190,13 +185,14 @@ def _after_white_space(text: str, position: int) -> int:
     return position
 
 
-def _decode(text: str, position: int, path: Path, line: int, first_line: int) -> tuple[object, int]:
-    """The JSON value at `position`, which is on `line`, and its end; `text` begins on `first_line` of the file."""
+def _decode(text: str, position: int, path: Path, line: int) -> tuple[object, int]:
+    """The JSON value at `position`, which is on `line`, and its end."""
     try:
         return DECODER.raw_decode(text, position)
     except json.JSONDecodeError as error:
-        line = first_line - 1 + error.lineno
-        raise InputError(f"{path}:{line}: malformed JSON ({error.msg}, column {error.colno}); expected JSON") from None
+        raise InputError(
+            f"{path}:{error.lineno}: malformed JSON ({error.msg}, column {error.colno}); expected JSON"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}:{line}: {error}; expected plain JSON") from None
 

@@ -28,6 +28,24 @@ def split_reference(model_id: str, adapter_path: Path | None = None) -> tuple[st
     return base, adapter
 
 
+def check_reference(model_id: str, adapter_path: Path | None = None) -> None:
+    """
+    Raise the InputError of a wrong local path at once, before anything slow is imported or fetched.
+
+    A hub id passes: whether it exists is known only when it is fetched.
+    """
+    from src.models.bundled import CHAT_MODEL, EMBEDDING_MODEL, PREFIX
+
+    base, adapter = split_reference(model_id, adapter_path)
+    if base.startswith(PREFIX):
+        if base.removeprefix(PREFIX) not in (CHAT_MODEL, EMBEDDING_MODEL):
+            raise InputError(f"--model_id {base}: expected {PREFIX}{CHAT_MODEL} or {PREFIX}{EMBEDDING_MODEL}")
+    elif not _is_hub_id(base, "--model_id"):
+        model_folder(base)
+    if adapter and not _is_hub_id(adapter, "--adapter_path"):
+        adapter_folder(adapter)
+
+
 def model_folder(model_id: str, revision: str | None = None) -> Path:
     """
     The local folder that holds a model's files, fetched from the hub when it is a hub id.
@@ -47,15 +65,19 @@ def adapter_folder(adapter: str) -> Path:
     return _checked(_local_or_hub(adapter, None, "--adapter_path"), "adapter_config.json", f"--adapter_path {adapter}")
 
 
-def _local_or_hub(name: str, revision: str | None, flag: str) -> Path:
+def _is_hub_id(name: str, flag: str) -> bool:
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return folder
+        return False
     if folder.exists():
         raise InputError(f"{flag} {name}: this is a file; expected a folder, a hub id or bundled:smollm2-135m")
     if not HUB_ID.match(name) or name.startswith("."):
         raise InputError(f"{flag} {name}: no such folder, and not a hub id (owner/name); check the path")
-    return download(name, revision, flag)
+    return True
+
+
+def _local_or_hub(name: str, revision: str | None, flag: str) -> Path:
+    return download(name, revision, flag) if _is_hub_id(name, flag) else Path(name).expanduser()
 
 
 def _checked(folder: Path, config_name: str, what: str) -> Path:

@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from statistics import fmean
 
+from src.models.thinking import ThinkingSpan
 from src.models.types import GenerationResult
 from src.personas.tasks import Task
 
 MEASURES = ("entropy", "top_k_mass")
+MEASURED_FIELDS = tuple(f"avg_{measure}{part}" for measure in MEASURES for part in ("", "_output", "_thinking"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,21 +24,7 @@ class Asked:
     model_id: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Thinking:
-    """Where the answer begins within the generated tokens."""
-
-    num_tokens: int
-    """Leading tokens that are thinking, its end token included."""
-    end_position: int | None
-    """Index of the token that ends the thinking; None when there is none."""
-    truncated: bool
-    """Whether max_tokens cut the thinking off, so that there is no answer."""
-    thinking_text: str | None
-    response_text: str
-
-
-def results_row(asked: Asked, result: GenerationResult, thinking: Thinking) -> dict[str, object]:
+def results_row(asked: Asked, result: GenerationResult, span: ThinkingSpan) -> dict[str, object]:
     """The row, its id first. A mean over no token is None; end-of-sequence tokens are in no mean."""
     task = asked.task
     row: dict[str, object] = {
@@ -49,20 +37,20 @@ def results_row(asked: Asked, result: GenerationResult, thinking: Thinking) -> d
         "prompt": asked.question,
         "rep_idx": task.rep_idx,
         "turn": asked.turn,
-        "response": thinking.response_text,
-        "thinking": thinking.thinking_text,
+        "response": span.response,
+        "thinking": span.thinking,
     }
     for measure in MEASURES:
         values = getattr(result, measure)
-        row[f"avg_{measure}_thinking"] = _mean(values[: thinking.num_tokens])
-        row[f"avg_{measure}_output"] = _mean(values[thinking.num_tokens :])
+        row[f"avg_{measure}_thinking"] = _mean(values[: span.num_tokens])
+        row[f"avg_{measure}_output"] = _mean(values[span.num_tokens :])
         row[f"avg_{measure}"] = _mean(values)
     return row | {
-        "think_end_position": thinking.end_position,
+        "think_end_position": span.end_position,
         "num_tokens": len(result.token_ids),
-        "num_thinking_tokens": thinking.num_tokens,
+        "num_thinking_tokens": span.num_tokens,
         "finish_reason": result.finish_reason,
-        "truncated_thinking": thinking.truncated,
+        "truncated_thinking": span.truncated,
         "persona_applied": asked.persona_applied,
         "seed": asked.seed,
         "model_id": asked.model_id,

@@ -7,17 +7,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from src.common.jsonl import round_measured
 from src.ops.statistics import summarize
+from src.personas.rows import MEASURED_FIELDS
 
-MEASURES = (
-    "avg_entropy",
-    "avg_entropy_output",
-    "avg_entropy_thinking",
-    "avg_top_k_mass",
-    "avg_top_k_mass_output",
-    "avg_top_k_mass_thinking",
-    "num_tokens",
-)
+MEASURES = (*MEASURED_FIELDS, "num_tokens")
+ROWS_AT_EACH_END = 15
+"""Of a longer table only its two ends are printed; the file holds all."""
 Row = dict[str, object]
 
 
@@ -49,22 +45,33 @@ def _measures(rows: Sequence[Row], seed: int) -> dict[str, object]:
 def _measure(rows: Sequence[Row], measure: str, seed: int) -> dict[str, float | int | None] | None:
     present = [row for row in rows if row[measure] is not None]
     summary = summarize([row[measure] for row in present], [row["prompt_id"] for row in present], seed)
-    return summary._asdict() if summary else None
+    if summary is None:
+        return None
+    return {name: v if isinstance(v, int) else round_measured(v) for name, v in summary._asdict().items()}
 
 
 def print_tables(summary: dict[str, object], console: Console) -> None:
     """Categories, then personas, the most certain first."""
     for group, title in (("categories", "Category"), ("personas", "Persona")):
-        table = Table(title=f"Token uncertainty by {title.lower()} (mean, 95 % interval)", title_justify="left")
-        table.add_column(title, overflow="fold")
+        table = Table(title=f"Token uncertainty by {title.lower()}: mean [95 % interval]", title_justify="left")
+        table.add_column(title, no_wrap=True, overflow="ellipsis", min_width=16)
         for column in ("rows", "entropy (nats)", "top-k mass", "tokens"):
             table.add_column(column, justify="right", no_wrap=True)
-        for name, measures in sorted(summary[group].items(), key=_mean_entropy):
-            n_rows = str(measures["num_tokens"]["n"])
-            shown = [_shown(measures[m], digits) for m, digits in (("avg_entropy", 3), ("avg_top_k_mass", 3))]
-            # Text, not markup: a persona's name may hold square brackets.
-            table.add_row(Text(name), n_rows, *shown, _shown(measures["num_tokens"], 1))
+        ordered = sorted(summary[group].items(), key=_mean_entropy)
+        n_left_out = max(0, len(ordered) - 2 * ROWS_AT_EACH_END)
+        for i, (name, measures) in enumerate(ordered):
+            if n_left_out and i == ROWS_AT_EACH_END:
+                table.add_row(f"… {n_left_out} more", *["…"] * 4)
+            if not ROWS_AT_EACH_END <= i < ROWS_AT_EACH_END + n_left_out:
+                table.add_row(*_cells(name, measures))
         console.print(table)
+
+
+def _cells(name: str, measures: dict[str, dict]) -> list[Text | str]:
+    shown = [_interval(measures[measure]) for measure in ("avg_entropy", "avg_top_k_mass")]
+    tokens = measures["num_tokens"]
+    # Text, not markup: a persona's name may hold square brackets.
+    return [Text(name), str(tokens["n"]), *shown, f"{tokens['mean']:.0f}"]
 
 
 def _mean_entropy(item: tuple[str, dict]) -> float:
@@ -72,9 +79,8 @@ def _mean_entropy(item: tuple[str, dict]) -> float:
     return measure["mean"] if measure else float("inf")
 
 
-def _shown(measure: dict | None, digits: int) -> str:
+def _interval(measure: dict | None) -> str:
     if measure is None:
         return "–"
-    if measure["ci_low"] is None:
-        return f"{measure['mean']:.{digits}f}"
-    return f"{measure['mean']:.{digits}f} [{measure['ci_low']:.{digits}f}, {measure['ci_high']:.{digits}f}]"
+    interval = "" if measure["ci_low"] is None else f" [{measure['ci_low']:.2f}, {measure['ci_high']:.2f}]"
+    return f"{measure['mean']:.2f}{interval}"

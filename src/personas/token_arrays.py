@@ -1,15 +1,15 @@
 """Per-token measurements beside the results: `tokens.parquet`, one row a response."""
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from src.common.files import open_atomic
-from src.common.jsonl import repair_torn_tail
+from src.common.jsonl import JsonlWriter, repair_torn_tail
 from src.models.types import GenerationResult
 
 FILE_NAME = "tokens.parquet"
@@ -35,31 +35,27 @@ class TokenArrays:
     def __init__(self, folder: Path) -> None:
         self.parquet = folder / FILE_NAME
         self.journal = folder / JOURNAL_NAME
-        if self.journal.exists():
-            repair_torn_tail(self.journal)
-        self._file = self.journal.open("ab")
+        repair_torn_tail(self.journal)
+        self._writer = JsonlWriter(self.journal)
 
     def add(self, result: GenerationResult) -> None:
         """Note one response's arrays: token ids, entropy (nats) and top-k mass, each as long as the response."""
-        line = [result.id, result.token_ids, result.entropy, result.top_k_mass]
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
+        values = (result.id, result.token_ids, result.entropy, result.top_k_mass)
+        self._writer.write(dict(zip(SCHEMA.names, values, strict=True)))
 
     def close(self) -> None:
-        self._file.close()
+        self._writer.close()
 
     def finish(self, ids: Iterable[str]) -> None:
         """Write `tokens.parquet` with the arrays of `ids` in that order and remove the journal."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self.close()
         places = self._journal_places()
         earlier = _Earlier(self.parquet)
-        with open_atomic(self.parquet) as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
+        with open_atomic(self.parquet, "wb") as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
             with self.journal.open("rb") as journal:
                 for group in _groups(ids):
                     rows = [_journal_row(journal, places[i]) if i in places else earlier.row(i) for i in group]
                     writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
-        self.close()
         self.journal.unlink()
 
     def _journal_places(self) -> dict[str, int]:
@@ -67,7 +63,7 @@ class TokenArrays:
         places, offset = {}, 0
         with self.journal.open("rb") as file:
             for line in file:
-                places[json.loads(line)[0]] = offset
+                places[json.loads(line)["id"]] = offset
                 offset += len(line)
         return places
 
@@ -84,9 +80,9 @@ class _Earlier:
         return self.table.slice(self.places[row_id], 1).to_pylist()[0]
 
 
-def _journal_row(journal, offset: int) -> dict[str, object]:
+def _journal_row(journal: BinaryIO, offset: int) -> dict[str, object]:
     journal.seek(offset)
-    return dict(zip(SCHEMA.names, json.loads(journal.readline()), strict=True))
+    return json.loads(journal.readline())
 
 
 def _groups(ids: Iterable[str]) -> Iterator[list[str]]:

@@ -1,0 +1,95 @@
+"""
+From argv to a config, and from a command's `main` to an exit code.
+Order: command line > environment (TILLER_<FIELD>) > --config_path file.toml > default.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from src.common.cache_dirs import use_cache_root
+from src.common.cli_help import format_help, format_sources
+from src.common.errors import CheckFailed, InputError, StopRequested
+from src.common.settings import Setting, settings_of
+from src.common.sources import Given, convert, read_command_line, read_environment, read_toml
+
+Config = TypeVar("Config")
+
+DONE, CHECK_FAILED, BAD_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+# Flags of every command that are no part of its config.
+CONFIG_PATH = Setting(name="config_path", item_type=Path)
+SHOW_CONFIG = Setting(name="show_config", item_type=bool)
+
+
+def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) -> Config:
+    """
+    Builds the config from all four sources. `--help` and `--show_config` print and exit 0.
+    Raises InputError (one line, naming flag, value and what is expected) for anything wrong in any of them.
+    """
+    settings = settings_of(config_class)
+    words = sys.argv[1:] if argv is None else argv
+    if "--help" in words or "-h" in words:
+        print(format_help(config_class))
+        sys.exit(DONE)
+    flags = read_command_line(words, [*settings, CONFIG_PATH, SHOW_CONFIG])
+    path, show = _take(flags, CONFIG_PATH), _take(flags, SHOW_CONFIG)
+    given = (read_toml(path, settings) if path else {}) | read_environment(os.environ, settings) | flags
+    _require(settings, given)
+    values = {setting.name: convert(given[setting.name], setting) for setting in settings if setting.name in given}
+    config = config_class(**values)
+    if show:
+        print(format_sources(config, given))
+        sys.exit(DONE)
+    return config
+
+
+def _take(flags: dict[str, Given], setting: Setting) -> Any:
+    given = flags.pop(setting.name, None)
+    return None if given is None else convert(given, setting)
+
+
+def _require(settings: Sequence[Setting], given: dict[str, Given]) -> None:
+    missing = [f"--{setting.name}" for setting in settings if setting.required and setting.name not in given]
+    if missing:
+        raise InputError(f"missing {' and '.join(missing)}; --help says what each is")
+
+
+def run_command(
+    main: Callable[[Config], None], config_class: type[Config], argv: Sequence[str] | None = None
+) -> NoReturn:
+    """
+    Parses, runs `main` and exits: 0 done, 1 a check failed, 2 bad input, 75 stopped by SIGTERM or SIGUSR1, 130 Ctrl-C.
+    Any other exception keeps its traceback (and Python's exit code 1).
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, _request_stop)
+    try:
+        config = parse_config(config_class, argv)
+        use_cache_root()
+        main(config)
+    except InputError as error:
+        _leave(BAD_INPUT, f"error: {error}")
+    except CheckFailed as error:
+        _leave(CHECK_FAILED, f"check failed: {error}")
+    except StopRequested as stop:
+        _leave(STOPPED, f"stopped by {stop}; the same command goes on from here")
+    except KeyboardInterrupt:
+        _leave(INTERRUPTED, "stopped by Ctrl-C; the same command goes on from here")
+    sys.exit(DONE)
+
+
+def _request_stop(number: int, frame: Any) -> NoReturn:
+    raise StopRequested(signal.Signals(number).name)
+
+
+def _leave(code: int, message: str) -> NoReturn:
+    # A scheduler may signal twice; the second must not change the exit code that asks it to requeue.
+    for number in (*STOP_SIGNALS, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    print(message, file=sys.stderr)
+    sys.exit(code)

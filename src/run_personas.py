@@ -1,0 +1,118 @@
+"""
+Personas × prompts → responses with exact token uncertainty. From the repository root:
+uv run -m src.run_personas --prompts_json data/personas/prompts.json --personae_json data/personas/personae.json \
+    --model_id bundled:smollm2-135m --output_dir data/experiments/first_personas --num_tasks 4 --max_tokens 64
+"""
+
+import difflib
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from src.common.cli import run_command
+from src.common.errors import InputError
+from src.common.files import write_json_atomic
+from src.common.rows import Persona, Prompt, read_personas, read_prompts
+from src.common.runs import Run, start_run
+from src.personas.settings import PersonaSettings
+
+LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class RunPersonasConfig(PersonaSettings):
+    """Personas × prompts"""
+
+
+def main(config: RunPersonasConfig) -> None:
+    from src.models.hub import check_reference
+    from src.personas.tasks import build_tasks
+
+    # 1. Everything that can be wrong without a model.
+    if config.backend == "vllm":
+        raise InputError("--backend vllm: this version generates on transformers only; use --backend hf")
+    prompts = read_prompts(config.prompts_json)[: config.num_tasks]
+    personas = chosen_personas(config)
+    follow_ups = read_prompts(config.turns) if config.turns else []
+    check_reference(config.model_id, config.adapter_path)
+    tasks = config.own_tasks(build_tasks(personas, prompts, n_reps(config)))
+
+    # 2. The run folder, fresh or resumed.
+    with start_run(config, "run_personas", inputs=input_files(config)) as run:
+        generate(config, run, tasks, follow_ups)
+
+
+def generate(config: RunPersonasConfig, run: Run, tasks: Sequence, follow_ups: list[Prompt]) -> None:
+    """Load, ask, write, summarize."""
+    from rich.console import Console
+
+    from src.models.language_model import LanguageModel
+    from src.models.renderer import PersonaRenderer, with_chat_template
+    from src.personas.conversations import FILE_NAME, Conversations, Results
+    from src.personas.progress import Progress
+    from src.personas.summary import print_tables, summarize_rows
+    from src.personas.token_arrays import FILE_NAME as ARRAYS_NAME
+    from src.personas.token_arrays import TokenArrays
+
+    # 3. The model and its chat format.
+    model = LanguageModel.load(config)
+    run.record(**model.facts)
+    tokenizer = with_chat_template(model.tokenizer, config.chat_template)
+    renderer = PersonaRenderer(
+        tokenizer, config.persona_mode, system_prompt_style=config.system_prompt_style, thinking=config.thinking_mode
+    )
+    conversations = Conversations(config, tasks, follow_ups, model, renderer)
+
+    # 4. Ask what is not answered yet.
+    results = Results(run.folder)
+    arrays = TokenArrays(run.folder) if config.token_arrays else None
+    row_ids = conversations.row_ids
+    done = sum(row_id in results.rows for row_id in row_ids)
+    if done:
+        LOGGER.info("%d of %d rows are there already", done, len(row_ids))
+    with Progress(total=len(row_ids), done=done) as progress:
+        conversations.run(results, arrays, progress.add_row, progress.add_tokens)
+
+    # 5. Rows in task order, arrays beside them, the summary.
+    results.finish(row_ids)
+    if arrays:
+        arrays.finish(results.rows)
+    summary = summarize_rows(list(results.rows.values()), config.seed)
+    write_json_atomic(run.folder / "summary.json", summary)
+    print_tables(summary, Console(file=sys.stdout))
+    files = {FILE_NAME: "one row a response", "summary.json": "means and 95 % intervals per persona and category"}
+    run.record(rows=len(results.rows), tokens_generated=progress.tokens, tokens_per_second=progress.rate)
+    run.finish(files | ({ARRAYS_NAME: "each token's id, entropy and top-k mass"} if arrays else {}))
+
+
+def chosen_personas(config: RunPersonasConfig) -> list[Persona]:
+    """The personas of the wanted categories, the first `num_personae` of them. Raises InputError for an unknown one."""
+    personas = read_personas(config.personae_json)
+    known = list(dict.fromkeys(persona.category for persona in personas))
+    for category in config.categories or []:
+        if category not in known:
+            nearest = difflib.get_close_matches(category, known, n=1, cutoff=0)[0]
+            raise InputError(f"--categories {category}: not in {config.personae_json}; the nearest is {nearest!r}")
+    wanted = [p for p in personas if config.categories is None or p.category in config.categories]
+    return wanted[: config.num_personae]
+
+
+def n_reps(config: RunPersonasConfig) -> int:
+    """Repeats to make: one at temperature 0, where all would be equal."""
+    if config.temperature == 0 and config.n_reps > 1:
+        LOGGER.warning("--n_reps %d at temperature 0 gives equal repeats: making one", config.n_reps)
+        print(f"note: at temperature 0 all {config.n_reps} repeats would be equal; making one of each", file=sys.stderr)
+        return 1
+    return config.n_reps
+
+
+def input_files(config: RunPersonasConfig) -> list[Path]:
+    """The files whose content decides the rows."""
+    paths = [config.prompts_json, config.personae_json, config.turns, config.chat_template]
+    return [Path(p) for p in paths if p and not str(p).startswith("hub:") and str(p) != "plain"]
+
+
+if __name__ == "__main__":
+    run_command(main, RunPersonasConfig)
