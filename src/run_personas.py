@@ -45,35 +45,25 @@ def main(config: RunPersonasConfig) -> None:
 
 
 def generate(config: RunPersonasConfig, run: Run, tasks: Sequence, follow_ups: list[Prompt]) -> None:
-    """Load, ask, write, summarize."""
+    """Ask what is not answered yet, write the rows in task order, summarize."""
     from rich.console import Console
 
-    from src.models.language_model import LanguageModel
-    from src.models.renderer import PersonaRenderer, with_chat_template
-    from src.personas.conversations import FILE_NAME, Conversations, Results
-    from src.personas.progress import Progress
+    from src.personas.conversations import FILE_NAME, Results, all_row_ids
     from src.personas.summary import print_tables, summarize_rows
     from src.personas.token_arrays import FILE_NAME as ARRAYS_NAME
     from src.personas.token_arrays import TokenArrays
 
-    # 3. The model and its chat format.
-    model = LanguageModel.load(config)
-    run.record(**model.facts)
-    tokenizer = with_chat_template(model.tokenizer, config.chat_template)
-    renderer = PersonaRenderer(
-        tokenizer, config.persona_mode, system_prompt_style=config.system_prompt_style, thinking=config.thinking_mode
-    )
-    conversations = Conversations(config, tasks, follow_ups, model, renderer)
-
-    # 4. Ask what is not answered yet.
+    # 3. What an earlier start left.
     results = Results(run.folder)
     arrays = TokenArrays(run.folder) if config.token_arrays else None
-    row_ids = conversations.row_ids
+    row_ids = all_row_ids(tasks, follow_ups)
     done = sum(row_id in results.rows for row_id in row_ids)
     if done:
         LOGGER.info("%d of %d rows are there already", done, len(row_ids))
-    with Progress(total=len(row_ids), done=done) as progress:
-        conversations.run(results, arrays, progress.add_row, progress.add_tokens)
+
+    # 4. The rest, which needs the model.
+    if done < len(row_ids):
+        ask(config, run, tasks, follow_ups, results, arrays)
 
     # 5. Rows in task order, arrays beside them, the summary.
     results.finish(row_ids)
@@ -83,8 +73,27 @@ def generate(config: RunPersonasConfig, run: Run, tasks: Sequence, follow_ups: l
     write_json_atomic(run.folder / "summary.json", summary)
     print_tables(summary, Console(file=sys.stdout))
     files = {FILE_NAME: "one row a response", "summary.json": "means and 95 % intervals per persona and category"}
-    run.record(rows=len(results.rows), tokens_generated=progress.tokens, tokens_per_second=progress.rate)
     run.finish(files | ({ARRAYS_NAME: "each token's id, entropy and top-k mass"} if arrays else {}))
+
+
+def ask(config: RunPersonasConfig, run: Run, tasks: Sequence, follow_ups: list[Prompt], results, arrays) -> None:
+    """Load the model and run the conversations; every row is on disk as soon as it is there."""
+    from src.models.language_model import LanguageModel
+    from src.models.renderer import PersonaRenderer, with_chat_template
+    from src.personas.conversations import Conversations, all_row_ids
+    from src.personas.progress import Progress
+
+    model = LanguageModel.load(config)
+    run.record(**model.facts)
+    tokenizer = with_chat_template(model.tokenizer, config.chat_template)
+    renderer = PersonaRenderer(
+        tokenizer, config.persona_mode, system_prompt_style=config.system_prompt_style, thinking=config.thinking_mode
+    )
+    conversations = Conversations(config, tasks, follow_ups, model, renderer)
+    row_ids = all_row_ids(tasks, follow_ups)
+    with Progress(total=len(row_ids), done=sum(row_id in results.rows for row_id in row_ids)) as progress:
+        conversations.run(results, arrays, progress.add_row, progress.add_tokens)
+    run.record(tokens_generated=progress.tokens, tokens_per_second=round(progress.rate, 1))
 
 
 def chosen_personas(config: RunPersonasConfig) -> list[Persona]:

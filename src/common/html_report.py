@@ -48,7 +48,9 @@ def text_block(text: str) -> str:
 
 def facts(values: Mapping[str, Any]) -> str:
     """Names and values, one pair a line."""
-    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(_shown(value))}</td></tr>" for name, value in values.items())
+    rows = "".join(
+        f"<tr><th>{escape(name)}</th><td>{escape(_shown(value))}</td></tr>" for name, value in values.items()
+    )
     return f'<table class="facts">{rows}</table>\n'
 
 

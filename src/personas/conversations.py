@@ -64,6 +64,11 @@ class Results:
         write_jsonl_atomic(self.path, self.rows.values())
 
 
+def all_row_ids(tasks: Sequence[Task], follow_ups: Sequence[Prompt]) -> list[str]:
+    """Ids of all rows in task order, the turns of a conversation together."""
+    return [task.row_id(turn) for task in tasks for turn in range(len(follow_ups) + 1)]
+
+
 class Conversations:
     """All tasks of a run with what is needed to ask them."""
 
@@ -77,11 +82,6 @@ class Conversations:
         self.engine = engine
         self.renderer = renderer
         self.reader = ThinkingReader(renderer.tokenizer)
-
-    @property
-    def row_ids(self) -> list[str]:
-        """Ids of all rows in task order, the turns of a conversation together."""
-        return [task.row_id(turn) for task in self.tasks for turn in range(len(self.follow_ups) + 1)]
 
     def run(
         self,

@@ -69,9 +69,12 @@ def print_tables(summary: dict[str, object], console: Console) -> None:
 
 def _cells(name: str, measures: dict[str, dict]) -> list[Text | str]:
     shown = [_interval(measures[measure]) for measure in ("avg_entropy", "avg_top_k_mass")]
-    tokens = measures["num_tokens"]
+    tokens, measured = measures["num_tokens"], measures["avg_entropy"]
+    n_measured = measured["n"] if measured else 0
+    # An empty answer has no token to measure; a mean over fewer rows than there are must say so.
+    n_rows = str(tokens["n"]) if n_measured == tokens["n"] else f"{n_measured} of {tokens['n']}"
     # Text, not markup: a persona's name may hold square brackets.
-    return [Text(name), str(tokens["n"]), *shown, f"{tokens['mean']:.0f}"]
+    return [Text(name), n_rows, *shown, f"{tokens['mean']:.0f}"]
 
 
 def _mean_entropy(item: tuple[str, dict]) -> float:

@@ -1,0 +1,53 @@
+"""Real things that several tests share; each is made once a session."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+# Side by side, processes with two threads each spend their time waiting for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def bundled_folder() -> Path:
+    """The bundled chat model as a local folder."""
+    from src.models.bundled import bundled_folder
+
+    return bundled_folder("bundled:smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, bundled_folder: Path) -> Path:
+    """A random two-layer Llama with the bundled model's tokenizer and template, saved as a model folder."""
+    from transformers import AutoTokenizer
+
+    from tests.tiny_models import tiny_model
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_model("llama").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(bundled_folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_module() -> Callable[..., subprocess.CompletedProcess]:
+    """Runs `python -m src.<command>` as a user would, in a process of its own."""
+
+    def run(command: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            module_command(command, arguments), cwd=ROOT, text=True, capture_output=True, timeout=300,
+            env={**os.environ, **environment},
+        )  # fmt: skip
+
+    return run
+
+
+def module_command(command: str, arguments: Sequence[str]) -> list[str]:
+    """The words that start a command with this Python."""
+    return [sys.executable, "-m", f"src.{command}", *map(str, arguments)]

@@ -1,0 +1,284 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.conftest import ROOT, module_command
+
+PROMPTS = [{"id": f"p{i}", "prompt": text} for i, text in enumerate(["Who are you?", "What is rain?", "Why sing?"])]
+PERSONAS = [
+    {"persona": "assistant", "category": "plain", "article": "an"},
+    {"persona": "Hamlet", "category": "fiction", "article": ""},
+    {"persona": "[red] <b>{x}</b>", "category": "odd", "article": "the"},
+]
+FOLLOW_UPS = ["Why?", "Are you sure?"]
+KEYS = (
+    "id persona category article system_prompt prompt_id prompt rep_idx turn response thinking avg_entropy_thinking "
+    "avg_entropy_output avg_entropy avg_top_k_mass_thinking avg_top_k_mass_output avg_top_k_mass think_end_position "
+    "num_tokens num_thinking_tokens finish_reason truncated_thinking persona_applied seed model_id"
+).split()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    for name, content in (("prompts", PROMPTS), ("personae", PERSONAS), ("turns", FOLLOW_UPS)):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def arguments(inputs: Path, model: Path, output_dir: Path, *more: str) -> list[str]:
+    return [
+        "--prompts_json", str(inputs / "prompts.json"), "--personae_json", str(inputs / "personae.json"),
+        "--model_id", str(model), "--output_dir", str(output_dir), "--max_tokens", "6", *more,
+    ]  # fmt: skip
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_bytes().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(inputs: Path, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory, run_module: Callable):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    more = ["--turns", str(inputs / "turns.json"), "--temperature", "1", "--n-repeats", "2", "--token-arrays"]
+    done = run_module("run_personas", *arguments(inputs, tiny_folder, folder, *more))
+    assert done.returncode == 0, done.stderr
+    return folder, done, more
+
+
+def test_a_run_writes_every_row_in_task_order(finished) -> None:
+    folder, done, _ = finished
+    rows = rows_of(folder)
+    assert all(list(row) == KEYS for row in rows)
+    order = [(r["persona"], r["prompt_id"], r["rep_idx"], r["turn"]) for r in rows]
+    assert order == [
+        (p["persona"], q["id"], rep, turn) for p in PERSONAS for q in PROMPTS for rep in (0, 1) for turn in (0, 1, 2)
+    ]
+    assert len({row["id"] for row in rows}) == len({row["seed"] for row in rows}) == 54
+    assert (folder / "DONE").exists()
+    for name in ("results.jsonl", "summary.json", "tokens.parquet"):
+        assert str(folder / name) in done.stdout
+    assert f"src.view {folder}" in done.stdout
+
+
+def test_rows_say_what_was_asked_and_how(finished) -> None:
+    for row in rows_of(finished[0]):
+        assert row["prompt"] == ([q["prompt"] for q in PROMPTS if q["id"] == row["prompt_id"]] + FOLLOW_UPS)[row["turn"]]
+        assert row["persona_applied"] == ("system" if row["persona"] == "assistant" else "header+system")
+        assert row["num_thinking_tokens"] == 0 and row["thinking"] is None and row["avg_entropy_thinking"] is None
+        assert row["avg_entropy"] == row["avg_entropy_output"]
+        assert 0 < row["avg_entropy"] < 10.81 and 0 < row["avg_top_k_mass"] <= 1
+    systems = {row["persona"]: row["system_prompt"] for row in rows_of(finished[0])}
+    assert list(systems.values()) == ["You are an assistant.", "You are Hamlet.", "You are the [red] <b>{x}</b>."]
+
+
+def test_the_token_arrays_average_to_the_rows(finished) -> None:
+    folder = finished[0]
+    table = pq.read_table(folder / "tokens.parquet").to_pylist()
+    rows = rows_of(folder)
+    assert [t["id"] for t in table] == [row["id"] for row in rows]
+    for arrays, row in zip(table, rows, strict=True):
+        assert len(arrays["token_id"]) == len(arrays["entropy"]) == len(arrays["top_k_mass"]) == row["num_tokens"]
+        if row["num_tokens"]:
+            assert sum(arrays["entropy"]) / row["num_tokens"] == pytest.approx(row["avg_entropy"], abs=6e-5)
+
+
+def test_the_summary_is_of_the_rows(finished) -> None:
+    summary = json.loads((finished[0] / "summary.json").read_text())
+    rows = rows_of(finished[0])
+    for group, key in (("personas", "persona"), ("categories", "category")):
+        assert set(summary[group]) == {row[key] for row in rows}
+        for name, measures in summary[group].items():
+            values = [r["avg_entropy"] for r in rows if r[key] == name and r["avg_entropy"] is not None]
+            assert measures["avg_entropy"]["n"] == len(values)
+            assert measures["avg_entropy"]["mean"] == pytest.approx(sum(values) / len(values), abs=6e-5)
+            assert measures["avg_entropy_thinking"] is None
+
+
+def test_the_same_command_again_changes_nothing(finished, inputs: Path, tiny_folder: Path, run_module: Callable) -> None:
+    folder, _, more = finished
+    before = {name: (folder / name).read_bytes() for name in ("results.jsonl", "summary.json", "tokens.parquet")}
+    again = run_module("run_personas", *arguments(inputs, tiny_folder, folder, *more))
+    assert again.returncode == 0
+    assert {name: (folder / name).read_bytes() for name in before} == before
+
+
+def test_another_configuration_in_the_folder_is_refused(finished, inputs: Path, tiny_folder: Path, run_module) -> None:
+    folder, _, more = finished
+    before = (folder / "results.jsonl").read_bytes()
+    changed = run_module("run_personas", *arguments(inputs, tiny_folder, folder, *more, "--seed", "7"))
+    assert changed.returncode == 2
+    assert "seed was 42, is now 7" in changed.stderr and changed.stderr.count("\n") == 1
+    assert (folder / "results.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("batch_size", ["1", "5"])
+def test_rows_do_not_depend_on_the_batch_size(finished, inputs, tiny_folder, tmp_path, run_module, batch_size) -> None:
+    folder, _, more = finished
+    run_module("run_personas", *arguments(inputs, tiny_folder, tmp_path / "x", *more, "--batch_size", batch_size))
+    for row, other in zip(rows_of(folder), rows_of(tmp_path / "x"), strict=True):
+        assert {k: v for k, v in row.items() if "avg" not in k} == {k: v for k, v in other.items() if "avg" not in k}
+        for key in ("avg_entropy", "avg_top_k_mass"):
+            assert row[key] == pytest.approx(other[key], abs=1.5e-4)
+
+
+def killed_at_random(command: list[str], folder: Path, moments: list[float], sign: int) -> None:
+    for moment in moments:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        started = time.monotonic()
+        while process.poll() is None and not (folder / "results.jsonl").exists() and time.monotonic() - started < 60:
+            time.sleep(0.02)
+        time.sleep(moment)
+        process.send_signal(sign)
+        process.wait()
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_gives_the_rows_of_an_uninterrupted_run(
+    inputs: Path, bundled_folder: Path, tmp_path: Path, run_module: Callable
+) -> None:
+    more = ["--turns", str(inputs / "turns.json"), "--batch_size", "3", "--token_arrays", "--max_tokens", "12"]
+    whole = run_module("run_personas", *arguments(inputs, bundled_folder, tmp_path / "whole", *more))
+    assert whole.returncode == 0, whole.stderr
+    broken = tmp_path / "broken"
+    command = module_command("run_personas", arguments(inputs, bundled_folder, broken, *more))
+    killed_at_random(command, broken, [random.Random(i).uniform(0.2, 4) + 6 for i in range(3)], signal.SIGKILL)
+    # As if the kill had fallen into a write.
+    with (broken / "results.jsonl").open("ab") as file:
+        file.write(b'{"id": "abc", "pers')
+    assert not (broken / "DONE").exists()
+    resumed = run_module("run_personas", *arguments(inputs, bundled_folder, broken, *more))
+    assert resumed.returncode == 0, resumed.stderr
+    expected, rows = rows_of(tmp_path / "whole"), rows_of(broken)
+    assert [r["id"] for r in rows] == [r["id"] for r in expected]
+    assert [r["response"] for r in rows] == [r["response"] for r in expected]
+    for row, other in zip(rows, expected, strict=True):
+        assert row["avg_entropy"] == pytest.approx(other["avg_entropy"], abs=1.5e-4)
+    arrays = pq.read_table(broken / "tokens.parquet").to_pylist()
+    assert [len(a["token_id"]) for a in arrays] == [r["num_tokens"] for r in rows]
+
+
+def test_more_tasks_in_a_finished_folder_are_added(inputs: Path, tiny_folder: Path, tmp_path, run_module) -> None:
+    folder = tmp_path / "grows"
+    first = run_module("run_personas", *arguments(inputs, tiny_folder, folder, "--num_tasks", "1", "--token_arrays"))
+    assert first.returncode == 0, first.stderr
+    small = rows_of(folder)
+    assert [row["prompt_id"] for row in small] == ["p0"] * 3
+    run_module("run_personas", *arguments(inputs, tiny_folder, folder, "--num_tasks", "2", "--token_arrays"))
+    grown = rows_of(folder)
+    assert [row["prompt_id"] for row in grown] == ["p0", "p1"] * 3
+    assert [row for row in grown if row["prompt_id"] == "p0"] == small
+    assert pq.read_table(folder / "tokens.parquet").num_rows == 6
+
+
+@pytest.mark.parametrize("sign, code, words", [(signal.SIGTERM, 75, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")])
+def test_a_signal_stops_and_says_that_the_command_resumes(inputs, bundled_folder, tmp_path, sign, code, words) -> None:
+    folder = tmp_path / "stopped"
+    command = module_command("run_personas", arguments(inputs, bundled_folder, folder, "--max_tokens", "4000"))
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (folder / "results.jsonl").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(sign)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == code
+    assert words in stderr and "the same command goes on from here" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_temperature_zero_makes_one_repeat_and_says_so(inputs: Path, tiny_folder: Path, tmp_path, run_module) -> None:
+    done = run_module("run_personas", *arguments(inputs, tiny_folder, tmp_path / "x", "--n_reps", "3"))
+    assert {row["rep_idx"] for row in rows_of(tmp_path / "x")} == {0}
+    assert "at temperature 0 all 3 repeats would be equal" in done.stderr
+
+
+def test_personas_are_chosen_by_category_and_number(inputs: Path, tiny_folder: Path, tmp_path, run_module) -> None:
+    run_module("run_personas", *arguments(inputs, tiny_folder, tmp_path / "a", "--categories", "fiction", "odd"))
+    assert {row["category"] for row in rows_of(tmp_path / "a")} == {"fiction", "odd"}
+    run_module("run_personas", *arguments(inputs, tiny_folder, tmp_path / "b", "--num_personae", "1"))
+    assert {row["persona"] for row in rows_of(tmp_path / "b")} == {"assistant"}
+
+
+def bad_inputs(folder: Path, model: Path) -> dict[str, tuple[list[str], list[str]]]:
+    """Name → (arguments that go wrong, words that the message must hold)."""
+    files = {
+        "malformed.json": '[{"prompt": "a"},\n{"prompt" "b"}]',
+        "empty.json": "[]",
+        "key.json": '[{"prompt": "a"},\n{"promt": "b"}]',
+        "blank.json": '["a",\n" "]',
+        "twice.json": json.dumps([PERSONAS[0], PERSONAS[0]]),
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    (folder / "no_weights").mkdir()
+    (folder / "no_weights" / "config.json").write_text("{}")
+    (folder / "taken").mkdir()
+    (folder / "taken" / "thesis.tex").write_text("mine")
+    good = arguments(folder, model, folder / "out")
+
+    def replaced(flag: str, value: str) -> list[str]:
+        words = list(good)
+        words[words.index(flag) + 1] = value
+        return words
+
+    prompt = lambda name: replaced("--prompts_json", str(folder / name))  # noqa: E731
+    return {
+        "missing file": (prompt("nowhere.json"), ["nowhere.json", "no such file"]),
+        "malformed JSON": (prompt("malformed.json"), ["malformed.json:2", "malformed JSON"]),
+        "empty list": (prompt("empty.json"), ["empty.json:1", "at least one"]),
+        "wrong key": (prompt("key.json"), ["key.json:2", "promt", '"prompt"']),
+        "empty prompt": (prompt("blank.json"), ["blank.json:2", "blank"]),
+        "duplicate persona": (replaced("--personae_json", str(folder / "twice.json")), ["twice.json:1", "assistant"]),
+        "no tasks": ([*good, "--num_tasks", "0"], ["--num_tasks 0", "at least 1"]),
+        "unknown flag": ([*good, "--max_token", "4"], ["--max_token", "--max_tokens"]),
+        "unknown category": ([*good, "--categories", "ficton"], ["ficton", "fiction"]),
+        "foreign folder": (replaced("--output_dir", str(folder / "taken")), ["taken", "thesis.tex"]),
+        "no weights": (replaced("--model_id", str(folder / "no_weights")), ["no_weights", "no weights"]),
+        "no such model": (replaced("--model_id", "./models/nowhere"), ["./models/nowhere", "no such folder"]),
+        "unknown bundled model": (replaced("--model_id", "bundled:gpt"), ["bundled:gpt", "bundled:smollm2-135m"]),
+        "vllm": ([*good, "--backend", "vllm"], ["--backend vllm", "--backend hf"]),
+        "bad number": ([*good, "--max_tokens", "many"], ["--max_tokens", "many", "whole number"]),
+        "unwritable folder": (replaced("--output_dir", "/proc/nowhere/out"), ["/proc/nowhere/out", "folder"]),
+        "missing flag": (good[2:], ["--prompts_json"]),
+    }
+
+
+def test_bad_input_is_one_line_with_place_and_remedy(inputs: Path, tiny_folder: Path, run_module: Callable) -> None:
+    for name, (words, expected) in bad_inputs(inputs, tiny_folder).items():
+        done = run_module("run_personas", *words)
+        assert done.returncode == 2, (name, done.stderr)
+        assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr, (name, done.stderr)
+        assert all(word in done.stderr for word in expected), (name, done.stderr)
+        assert not (inputs / "out" / "results.jsonl").exists(), name
+    assert os.listdir(inputs / "taken") == ["thesis.tex"]
+
+
+def test_a_prompt_longer_than_the_context_is_named(inputs: Path, tiny_folder: Path, tmp_path: Path, run_module) -> None:
+    (tmp_path / "long.json").write_text(json.dumps([{"id": "short", "prompt": "Hi"}, {"id": "tome", "prompt": "word " * 600}]))
+    words = arguments(inputs, tiny_folder, tmp_path / "out")
+    words[1] = str(tmp_path / "long.json")
+    done = run_module("run_personas", *words)
+    assert done.returncode == 2
+    last = done.stderr.strip().split("\n")[-1]
+    assert "long.json" in last and "'tome'" in last and "512" in last
+
+
+def test_help_names_every_flag_in_both_spellings(run_module: Callable) -> None:
+    shown = run_module("run_personas", "--help")
+    assert shown.returncode == 0
+    for flag in ("--prompts_json", "--n_repeats", "--thinking_mode", "--top_k_mass_k", "--persona_mode", "--turns"):
+        assert flag in shown.stdout
+    for spelling in ("--no_thinking_mode", "--no-thinking-mode"):
+        done = run_module(
+            "run_personas", "--prompts-json", "a", "--personae_json", "b", "--model", "c", "--output-dir", "d", spelling,
+            "--show_config",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert any("thinking_mode" in line and "false" in line.lower() for line in done.stdout.split("\n"))
