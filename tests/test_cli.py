@@ -63,7 +63,8 @@ def parse(*argv: str) -> Config:
 def test_defaults_and_types() -> None:
     config = parse()
     assert config == Config(prompts_json=Path("p.json"))
-    config = parse(*"--count 4 --temperature 1e-3 --kind vllm --limit -2 --adapter_path a/b --names x y".split())
+    words = "--count 4 --temperature 1e-3 --kind vllm --limit -2 --adapter_path a/b --names x y"
+    config = parse(*words.split())
     assert (config.count, config.temperature, config.kind, config.limit) == (4, 0.001, "vllm", -2)
     assert (config.adapter_path, config.names) == (Path("a/b"), ["x", "y"])
 
@@ -198,7 +199,7 @@ def test_a_missing_required_setting_is_named() -> None:
         ("count = [1, 2]", ["count", "2 values"]),
         ("[count]\na = 1", ["count", "dict"]),
         ("count = 2024-01-01", ["count", "date"]),
-        ("count = ", ["line 1"]),
+        ("count = \ntemperature = 1", ["line 1"]),
     ],
 )
 def test_wrong_toml_is_told_with_its_file(tmp_path: Path, toml: str, told: list[str]) -> None:

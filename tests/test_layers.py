@@ -1,4 +1,7 @@
-"""Imports go one way: commands → parts → models → {common, ops}. The checker takes a root, so it can be seen to fail."""
+"""
+Imports go one way, commands → parts → models → {common, ops}.
+The checker takes a root, so that it can be shown to fail.
+"""
 
 import ast
 import shutil
