@@ -118,7 +118,9 @@ def test_each_request_keeps_its_own_limit_temperature_and_seed() -> None:
 def test_entropy_is_of_the_untempered_distribution() -> None:
     model = tiny_model("llama")
     base = some_requests(1, max_tokens=1)[0]
-    rows = decode(model, [replace(base, id="a"), replace(base, id="b", temperature=0.01), replace(base, id="c", temperature=3.0)])
+    rows = decode(
+        model, [replace(base, id="a"), replace(base, id="b", temperature=0.01), replace(base, id="c", temperature=3.0)]
+    )
     assert rows["a"][0].entropy == rows["b"][0].entropy == rows["c"][0].entropy
 
 
@@ -126,7 +128,7 @@ def test_logits_that_are_no_numbers_raise_and_name_the_request() -> None:
     model = tiny_model("llama")
     with torch.no_grad():
         model.lm_head.weight[7] = torch.nan
-    with pytest.raises(FloatingPointError, match="request '0'.*token 0.*--dtype float32"):
+    with pytest.raises(FloatingPointError, match=r"request '0'.*token 0.*--dtype float32"):
         decode(model, some_requests(1))
 
 

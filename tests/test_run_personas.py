@@ -19,11 +19,12 @@ PERSONAS = [
     {"persona": "[red] <b>{x}</b>", "category": "odd", "article": "the"},
 ]
 FOLLOW_UPS = ["Why?", "Are you sure?"]
-KEYS = (
-    "id persona category article system_prompt prompt_id prompt rep_idx turn response thinking avg_entropy_thinking "
-    "avg_entropy_output avg_entropy avg_top_k_mass_thinking avg_top_k_mass_output avg_top_k_mass think_end_position "
-    "num_tokens num_thinking_tokens finish_reason truncated_thinking persona_applied seed model_id"
-).split()
+KEYS = [
+    *("id", "persona", "category", "article", "system_prompt", "prompt_id", "prompt", "rep_idx", "turn"),
+    *("response", "thinking", "avg_entropy_thinking", "avg_entropy_output", "avg_entropy"),
+    *("avg_top_k_mass_thinking", "avg_top_k_mass_output", "avg_top_k_mass", "think_end_position", "num_tokens"),
+    *("num_thinking_tokens", "finish_reason", "truncated_thinking", "persona_applied", "seed", "model_id"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,9 @@ def test_a_run_writes_every_row_in_task_order(finished) -> None:
 
 def test_rows_say_what_was_asked_and_how(finished) -> None:
     for row in rows_of(finished[0]):
-        assert row["prompt"] == ([q["prompt"] for q in PROMPTS if q["id"] == row["prompt_id"]] + FOLLOW_UPS)[row["turn"]]
+        assert (
+            row["prompt"] == ([q["prompt"] for q in PROMPTS if q["id"] == row["prompt_id"]] + FOLLOW_UPS)[row["turn"]]
+        )
         assert row["persona_applied"] == ("system" if row["persona"] == "assistant" else "header+system")
         assert row["num_thinking_tokens"] == 0 and row["thinking"] is None and row["avg_entropy_thinking"] is None
         assert row["avg_entropy"] == row["avg_entropy_output"]
@@ -103,7 +106,9 @@ def test_the_summary_is_of_the_rows(finished) -> None:
             assert measures["avg_entropy_thinking"] is None
 
 
-def test_the_same_command_again_changes_nothing(finished, inputs: Path, tiny_folder: Path, run_module: Callable) -> None:
+def test_the_same_command_again_changes_nothing(
+    finished, inputs: Path, tiny_folder: Path, run_module: Callable
+) -> None:
     folder, _, more = finished
     before = {name: (folder / name).read_bytes() for name in ("results.jsonl", "summary.json", "tokens.parquet")}
     again = run_module("run_personas", *arguments(inputs, tiny_folder, folder, *more))
@@ -120,6 +125,7 @@ def test_another_configuration_in_the_folder_is_refused(finished, inputs: Path, 
     assert (folder / "results.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", ["1", "5"])
 def test_rows_do_not_depend_on_the_batch_size(finished, inputs, tiny_folder, tmp_path, run_module, batch_size) -> None:
     folder, _, more = finished
@@ -166,6 +172,7 @@ def test_killed_and_resumed_gives_the_rows_of_an_uninterrupted_run(
     assert [len(a["token_id"]) for a in arrays] == [r["num_tokens"] for r in rows]
 
 
+@pytest.mark.slow
 def test_more_tasks_in_a_finished_folder_are_added(inputs: Path, tiny_folder: Path, tmp_path, run_module) -> None:
     folder = tmp_path / "grows"
     first = run_module("run_personas", *arguments(inputs, tiny_folder, folder, "--num_tasks", "1", "--token_arrays"))
@@ -179,6 +186,7 @@ def test_more_tasks_in_a_finished_folder_are_added(inputs: Path, tiny_folder: Pa
     assert pq.read_table(folder / "tokens.parquet").num_rows == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign, code, words", [(signal.SIGTERM, 75, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")])
 def test_a_signal_stops_and_says_that_the_command_resumes(inputs, bundled_folder, tmp_path, sign, code, words) -> None:
     folder = tmp_path / "stopped"
@@ -193,12 +201,14 @@ def test_a_signal_stops_and_says_that_the_command_resumes(inputs, bundled_folder
     assert "Traceback" not in stderr
 
 
+@pytest.mark.slow
 def test_temperature_zero_makes_one_repeat_and_says_so(inputs: Path, tiny_folder: Path, tmp_path, run_module) -> None:
     done = run_module("run_personas", *arguments(inputs, tiny_folder, tmp_path / "x", "--n_reps", "3"))
     assert {row["rep_idx"] for row in rows_of(tmp_path / "x")} == {0}
     assert "at temperature 0 all 3 repeats would be equal" in done.stderr
 
 
+@pytest.mark.slow
 def test_personas_are_chosen_by_category_and_number(inputs: Path, tiny_folder: Path, tmp_path, run_module) -> None:
     run_module("run_personas", *arguments(inputs, tiny_folder, tmp_path / "a", "--categories", "fiction", "odd"))
     assert {row["category"] for row in rows_of(tmp_path / "a")} == {"fiction", "odd"}
@@ -261,7 +271,9 @@ def test_bad_input_is_one_line_with_place_and_remedy(inputs: Path, tiny_folder: 
 
 
 def test_a_prompt_longer_than_the_context_is_named(inputs: Path, tiny_folder: Path, tmp_path: Path, run_module) -> None:
-    (tmp_path / "long.json").write_text(json.dumps([{"id": "short", "prompt": "Hi"}, {"id": "tome", "prompt": "word " * 600}]))
+    (tmp_path / "long.json").write_text(
+        json.dumps([{"id": "short", "prompt": "Hi"}, {"id": "tome", "prompt": "word " * 600}])
+    )
     words = arguments(inputs, tiny_folder, tmp_path / "out")
     words[1] = str(tmp_path / "long.json")
     done = run_module("run_personas", *words)
@@ -277,8 +289,8 @@ def test_help_names_every_flag_in_both_spellings(run_module: Callable) -> None:
         assert flag in shown.stdout
     for spelling in ("--no_thinking_mode", "--no-thinking-mode"):
         done = run_module(
-            "run_personas", "--prompts-json", "a", "--personae_json", "b", "--model", "c", "--output-dir", "d", spelling,
-            "--show_config",
+            "run_personas", "--prompts-json", "a", "--personae_json", "b", "--model", "c", "--output-dir", "d",
+            spelling, "--show_config",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert any("thinking_mode" in line and "false" in line.lower() for line in done.stdout.split("\n"))

@@ -96,9 +96,9 @@ def test_the_same_command_resumes_and_keeps_every_session(config: Config) -> Non
     with pytest.raises(StopRequested), start(config) as run:
         run.path("results.jsonl").write_text("{}\n")
         raise StopRequested("SIGTERM")
-    with pytest.raises(KeyError), start(config):
+    with pytest.raises(KeyError), start(replace(config)):
         raise KeyError("surprise")
-    with start(replace(config, batch_size=1, output_dir=config.output_dir)) as run:
+    with start(replace(config, batch_size=1)) as run:
         assert run.resumed and run.path("results.jsonl").read_text() == "{}\n"
         run.finish({})
     outcomes = [session["outcome"] for session in read(run, "provenance.json")["sessions"]]

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
@@ -17,7 +19,6 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3NextConfig,
 )
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 VOCABULARY = 49152
 COMMON = {

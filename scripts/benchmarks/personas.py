@@ -39,7 +39,8 @@ def rendered() -> list[list[tuple[int, ...]]]:
 
     renderer = PersonaRenderer(load_tokenizer(bundled_folder(MODEL_ID)), "both")
     return [
-        [renderer.render([{"role": "user", "content": q}], persona, "a").token_ids for q in PROMPTS] for persona in PERSONAS
+        [renderer.render([{"role": "user", "content": q}], persona, "a").token_ids for q in PROMPTS]
+        for persona in PERSONAS
     ]
 
 
@@ -78,7 +79,9 @@ def tiller(max_tokens: int, passes: int) -> dict[str, object]:
     from src.models.language_model import LanguageModel, generate_all
     from src.models.types import GenerationRequest
 
-    model = LanguageModel.load(ModelConfigBase(model_id=MODEL_ID, output_dir=Path("unused"), dtype="float32", device="cpu"))
+    model = LanguageModel.load(
+        ModelConfigBase(model_id=MODEL_ID, output_dir=Path("unused"), dtype="float32", device="cpu")
+    )
     prompts = [ids for batch in rendered() for ids in batch]
     requests = [GenerationRequest(id=str(i), token_ids=ids, max_tokens=max_tokens) for i, ids in enumerate(prompts)]
     seconds = []
@@ -121,7 +124,9 @@ def main() -> None:
         if same
         for x, y in zip(a[1], b[1], strict=True)
     ]
-    rates = {side: facts["tokens"] / sorted(facts["seconds"])[len(facts["seconds"]) // 2] for side, facts in sides.items()}
+    rates = {
+        side: facts["tokens"] / sorted(facts["seconds"])[len(facts["seconds"]) // 2] for side, facts in sides.items()
+    }
     print("| side | tokens | seconds (each pass) | tokens/s (median) | peak MiB |\n|---|---|---|---|---|")
     for side, facts in sides.items():
         passes = ", ".join(f"{s:.1f}" for s in facts["seconds"])

@@ -37,7 +37,7 @@ class Writer:
     """`attention` or `mlp`."""
     module: nn.Module
     parameter: str
-    """Name of the weight on `module`: (out, in) for a linear layer, (in, out) for GPT-2's Conv1D, (experts, …) fused."""
+    """Name of the weight on `module`: (out, in), (in, out) for GPT-2's Conv1D, (experts, …) when fused."""
 
     @property
     def weight(self) -> Tensor:
@@ -88,7 +88,10 @@ def attention_writer(layer: nn.Module) -> Writer:
     module = attention(layer)
     name = _name_of_first(module, ATTENTION_OUTPUT_NAMES, "attention output projection")
     return Writer(
-        path=_path(layer, getattr(module, name)), component="attention", module=getattr(module, name), parameter="weight"
+        path=_path(layer, getattr(module, name)),
+        component="attention",
+        module=getattr(module, name),
+        parameter="weight",
     )
 
 

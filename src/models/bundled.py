@@ -36,7 +36,9 @@ def bundled_folder(model_id: str) -> Path:
 def _package_folder(module: str, package: str) -> Path:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
-        raise InputError(f"the package {package}, which holds the bundled model, is missing; `uv sync --group bundled` adds it")
+        raise InputError(
+            f"the package {package}, which holds the bundled model, is missing; `uv sync --group bundled` adds it"
+        )
     return Path(spec.origin).parent
 
 

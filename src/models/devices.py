@@ -33,7 +33,9 @@ def resolve_device(device: str) -> torch.device:
         "mps": int(torch.backends.mps.is_available()),
     }.get(resolved.type, 0)
     if (resolved.index or 0) >= available:
-        raise InputError(f"--device {device}: this machine has {available} {resolved.type} device(s); try --device auto")
+        raise InputError(
+            f"--device {device}: this machine has {available} {resolved.type} device(s); try --device auto"
+        )
     return resolved
 
 
@@ -54,7 +56,11 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def _computes(device: torch.device, dtype: torch.dtype) -> bool:
-    if device.type == "cuda" and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if (
+        device.type == "cuda"
+        and dtype == torch.bfloat16
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
         return False
     try:
         ones = torch.ones(2, 2, device=device, dtype=dtype)

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
+from src.models.kv_cache import growing_cache
 from src.models.types import GenerationRequest
 from src.ops.metrics import token_uncertainty
 from src.ops.sampling import next_tokens
@@ -58,7 +58,7 @@ class Batch:
         self.next_ids, self.mask = left_padded([r.token_ids for r in requests], pad_id, device)
         self.positions = (self.mask.cumsum(dim=-1) - 1).clamp_min(0)
         self.temperatures = torch.tensor([r.temperature for r in requests], dtype=torch.float32, device=device)
-        self.cache = DynamicCache(config=model.config)
+        self.cache = growing_cache(model.config)
         accepted = inspect.signature(model.forward).parameters
         # Logits at every prompt position would take prompt length × vocabulary; only the last position's are read.
         self.extra = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}

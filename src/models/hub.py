@@ -118,14 +118,15 @@ def explained(error: Exception, repo_id: str, revision: str | None, flag: str) -
     cause = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
     if isinstance(cause, GatedRepoError):
         return InputError(
-            f"{name}: this model is gated. Ask for access on its page on the hub, then set HF_TOKEN to a token of that account"
+            f"{name}: this model is gated. Ask for access on its page on the hub, "
+            f"then set HF_TOKEN to a token of that account"
         )
     if isinstance(cause, RevisionNotFoundError):
         return InputError(f"{name}: it has no revision {revision!r}; leave --revision out for the newest")
     if isinstance(cause, RepositoryNotFoundError):
         return InputError(f"{name}: no such folder here and no such model on the hub (or it is private: set HF_TOKEN)")
     return InputError(
-        f"{name}: not in the local cache, and the hub cannot be reached ({type(cause).__name__}). Fetch it where there is "
-        f"internet with `uv run -m src.download_model --model_id {repo_id} --output_dir FOLDER` and pass that folder, "
+        f"{name}: not in the local cache, and the hub cannot be reached ({type(cause).__name__}). "
+        f"Fetch it where there is internet with `uv run -m src.download_model --model_id {repo_id} --output_dir FOLDER` and pass that folder, "
         f"or try bundled:smollm2-135m"
     )

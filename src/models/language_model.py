@@ -22,7 +22,9 @@ LOGGER = logging.getLogger(__name__)
 class LanguageModel:
     """A model with its tokenizer. The engine on transformers: `generate` takes and gives what every engine does."""
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, facts: dict[str, str | None] | None = None):
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, facts: dict[str, str | None] | None = None
+    ):
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.facts = facts or {}
@@ -73,7 +75,9 @@ class LanguageModel:
     def _refuse_unsupported(self, requests: Sequence[GenerationRequest]) -> None:
         for request in requests:
             if request.interventions or request.capture is not None:
-                raise InputError(f"request {request.id!r} asks for interventions or a capture, which this engine cannot do")
+                raise InputError(
+                    f"request {request.id!r} asks for interventions or a capture, which this engine cannot do"
+                )
             if self.context_length and len(request.token_ids) >= self.context_length:
                 raise InputError(
                     f"request {request.id!r}: its prompt has {len(request.token_ids)} tokens and the model's context "
@@ -148,7 +152,9 @@ class LanguageModel:
         )
 
 
-def generate_all(engine: LanguageModel, requests: Sequence[GenerationRequest], **settings: int) -> list[GenerationResult]:
+def generate_all(
+    engine: LanguageModel, requests: Sequence[GenerationRequest], **settings: int
+) -> list[GenerationResult]:
     """`engine.generate` with the results gathered, in the requests' order."""
     results: dict[str, GenerationResult] = {}
     engine.generate(requests, on_result=lambda result: results.__setitem__(result.id, result), **settings)

@@ -7,8 +7,14 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from src.common.errors import InputError
@@ -126,7 +132,9 @@ def attach_adapter(model: nn.Module, folder: Path) -> nn.Module:
 def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Every token that ends a response: the generation config's, all of them, and the tokenizer's own."""
     generation = getattr(model, "generation_config", None)
-    stated = (generation.eos_token_id if generation else None) or model.config.get_text_config(decoder=True).eos_token_id
+    stated = (generation.eos_token_id if generation else None) or model.config.get_text_config(
+        decoder=True
+    ).eos_token_id
     listed = stated if isinstance(stated, list) else [stated]
     return frozenset(i for i in [*listed, tokenizer.eos_token_id] if i is not None)
 

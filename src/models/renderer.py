@@ -6,7 +6,7 @@ replaced by markers, so that what stands between them is known to be the templat
 of exactly those pieces and the contents, or it is refused.
 """
 
-import os
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -167,7 +167,9 @@ class PersonaRenderer:
         text = self._outside_tokens(self._generation_prompt)
         word = re.search(r"[^\W\d_]+", text)
         if word is None:
-            where = "lies inside a special token" if re.search(r"[^\W\d_]", self._generation_prompt) else "does not exist"
+            where = (
+                "lies inside a special token" if re.search(r"[^\W\d_]", self._generation_prompt) else "does not exist"
+            )
             raise InputError(
                 f"{self._name}: the role word of its assistant header {self._generation_prompt!r} {where}, "
                 f"so it cannot carry a persona; {REMEDY}"
@@ -178,7 +180,9 @@ class PersonaRenderer:
     def _generation_prompt(self) -> str:
         message = [{"role": "user", "content": MARKER.format(0, 0)}]
         without, with_prompt = self._apply(message, False), self._apply(message, True)
-        shared = len(os.path.commonprefix([without, with_prompt]))
+        shared = next(
+            (i for i, pair in enumerate(zip(without, with_prompt, strict=False)) if len(set(pair)) > 1), len(without)
+        )
         # Two tokens that begin alike, such as an end of sequence and a header, share their first characters.
         inside = [m.start() for m in self._token_pattern.finditer(with_prompt) if m.start() < shared < m.end()]
         return with_prompt[min([shared, *inside]) :]
@@ -215,7 +219,7 @@ class PersonaRenderer:
         return tuple(pieces)
 
     def _written_contents(self, messages: list[Message], roles: tuple[str, ...]) -> list[str]:
-        """Each content as the template writes it (many strip white space), so that pieces and contents are the render."""
+        """Each content as the template writes it (many strip white space): pieces and contents make the render."""
         text = self._apply(messages, generation=True)
         contents = _match(text, self._pieces(roles), [m["content"] for m in messages])
         if contents is None:
@@ -332,4 +336,4 @@ def _segments(
 
 def _cut(text: str, cuts: list[int]) -> list[str]:
     edges = [0, *sorted(set(cuts)), len(text)]
-    return [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [text[a:b] for a, b in itertools.pairwise(edges)]

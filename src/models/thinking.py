@@ -55,8 +55,8 @@ class ThinkingReader:
         """
         Divide one response. header: what the prompt ends with, which for some templates already opens the thinking.
 
-        Without an end mark a response is all thinking when thinking was opened, by the prompt or by the response itself,
-        and all answer when it was not.
+        Without an end mark a response is all thinking when thinking was opened, by the prompt or by the response, and
+        all answer when it was not.
         """
         if self.marks is None:
             return self._all_answer(token_ids)

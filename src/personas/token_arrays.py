@@ -51,11 +51,14 @@ class TokenArrays:
         self.close()
         places = self._journal_places()
         earlier = _Earlier(self.parquet)
-        with open_atomic(self.parquet, "wb") as file, pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer:
-            with self.journal.open("rb") as journal:
-                for group in _groups(ids):
-                    rows = [_journal_row(journal, places[i]) if i in places else earlier.row(i) for i in group]
-                    writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+        with (
+            open_atomic(self.parquet, "wb") as file,
+            pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer,
+            self.journal.open("rb") as journal,
+        ):
+            for group in _groups(ids):
+                rows = [_journal_row(journal, places[i]) if i in places else earlier.row(i) for i in group]
+                writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
         self.journal.unlink()
 
     def _journal_places(self) -> dict[str, int]:
