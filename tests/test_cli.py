@@ -294,6 +294,7 @@ def main(config):
             time.sleep(60)
         finally:
             time.sleep(0.3)  # a second signal arrives while the first unwinds
+            print("tidied up")
     print("done")
 
 if __name__ == "__main__":
@@ -355,8 +356,8 @@ def test_a_stopped_command_says_that_it_resumes(command: list[str], signals: lis
     for number in signals:
         process.send_signal(number)
         time.sleep(0.1)
-    _, error = process.communicate(timeout=30)
-    assert process.returncode == code
+    output, error = process.communicate(timeout=30)
+    assert (process.returncode, output) == (code, "tidied up\n")
     assert "the same command goes on from here" in error and "Traceback" not in error
 
 

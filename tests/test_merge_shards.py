@@ -164,7 +164,7 @@ def test_another_run_is_never_overwritten(tmp_path: Path) -> None:
     workers(tmp_path / "run", 2, [1] * 2)
     work(Config(output_dir=tmp_path / "other", temperature=0.7), [1])
     before = (tmp_path / "other" / "results.jsonl").read_bytes()
-    with pytest.raises(InputError, match="temperature was 0.7, is now 0.0"):
+    with pytest.raises(InputError, match=r"temperature was 0\.7, is now 0\.0"):
         merge(tmp_path / "run", tmp_path / "other")
     assert (tmp_path / "other" / "results.jsonl").read_bytes() == before
 

@@ -35,7 +35,7 @@ def rendered() -> list[list[tuple[int, ...]]]:
     """Prompts of each persona as token ids, rendered by the same code for both sides."""
     from src.models.bundled import bundled_folder
     from src.models.loading import load_tokenizer
-    from src.models.renderer import PersonaRenderer
+    from src.models.chat_format import PersonaRenderer
 
     renderer = PersonaRenderer(load_tokenizer(bundled_folder(MODEL_ID)), "both")
     return [

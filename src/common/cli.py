@@ -3,9 +3,11 @@ From argv to a config, and from a command's `main` to an exit code.
 Order: command line > environment (TILLER_<FIELD>) > --config_path file.toml > default.
 """
 
+import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -20,6 +22,7 @@ Config = TypeVar("Config")
 
 DONE, CHECK_FAILED, BAD_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SECONDS_OF_REPEATS = 10.0
 
 # Flags of every command that are no part of its config.
 CONFIG_PATH = Setting(name="config_path", item_type=Path)
@@ -66,8 +69,9 @@ def run_command(
     Parses, runs `main` and exits: 0 done, 1 a check failed, 2 bad input, 75 stopped by SIGTERM or SIGUSR1, 130 Ctrl-C.
     Any other exception keeps its traceback (and Python's exit code 1).
     """
+    stop_handler = _stop_handler()
     for number in STOP_SIGNALS:
-        signal.signal(number, _request_stop)
+        signal.signal(number, stop_handler)
     try:
         config = parse_config(config_class, argv)
         use_cache_root()
@@ -83,12 +87,25 @@ def run_command(
     sys.exit(DONE)
 
 
-def _request_stop(number: int, frame: Any) -> NoReturn:
-    raise StopRequested(signal.Signals(number).name)
+def _stop_handler() -> Callable[[int, Any], None]:
+    """
+    A signal handler that raises StopRequested. A scheduler may signal several times: repeats leave the way out that the
+    first began undisturbed, but count again after a while, should the first have been swallowed by a library.
+    """
+    last = -math.inf
+
+    def request_stop(number: int, frame: Any) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= SECONDS_OF_REPEATS:
+            last = now
+            raise StopRequested(signal.Signals(number).name)
+
+    return request_stop
 
 
 def _leave(code: int, message: str) -> NoReturn:
-    # A scheduler may signal twice; the second must not change the exit code that asks it to requeue.
+    # A second Ctrl-C must not turn the last words into a traceback.
     for number in (*STOP_SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     print(message, file=sys.stderr)

@@ -1,12 +1,12 @@
 """Finding a model's files: a bundled model, a local folder, or the hub, with errors that say what to do. No torch."""
 
-import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from src.common.errors import InputError
-
-LOGGER = logging.getLogger(__name__)
 
 # The files that a load reads; never pickled weights, never the second copies that some repositories keep.
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
@@ -90,6 +90,28 @@ def _checked(folder: Path, config_name: str, what: str) -> Path:
     return folder
 
 
+class RemoteFiles(NamedTuple):
+    """What a download would bring."""
+
+    commit: str
+    sizes: dict[str, int]
+    """Bytes of each file that a load reads."""
+    licence: str | None
+
+
+def remote_files(repo_id: str, revision: str | None, flag: str = "--model_id") -> RemoteFiles:
+    """The files that `download` would fetch, without fetching them. Raises InputError as `download` does."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import filter_repo_objects
+
+    with explaining(repo_id, revision, flag):
+        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    wanted = filter_repo_objects(sizes, allow_patterns=PATTERNS, ignore_patterns=IGNORED)
+    licence = info.card_data.get("license") if info.card_data else None
+    return RemoteFiles(str(info.sha), {name: sizes[name] for name in wanted}, licence)
+
+
 def download(repo_id: str, revision: str | None, flag: str = "--model_id", local_dir: Path | None = None) -> Path:
     """
     Fetch what a load needs of a hub repository into the cache, or into `local_dir`; returns the folder.
@@ -97,24 +119,34 @@ def download(repo_id: str, revision: str | None, flag: str = "--model_id", local
     Files already there are not fetched again. Raises InputError, each with its remedy, for a gated repository without
     access, an unknown id or revision, and a hub that does not answer.
     """
-    import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    try:
+    with explaining(repo_id, revision, flag):
         folder = snapshot_download(
             repo_id, revision=revision, allow_patterns=PATTERNS, ignore_patterns=IGNORED, local_dir=local_dir
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.HTTPError) as error:
-        raise explained(error, repo_id, revision, flag) from error
     return Path(folder)
 
 
-def explained(error: Exception, repo_id: str, revision: str | None, flag: str) -> InputError:
-    """The hub's exception in words that say what to do."""
+@contextmanager
+def explaining(repo_id: str, revision: str | None, flag: str) -> Iterator[None]:
+    """Turn the hub client's exceptions into InputErrors that say what to do."""
+    # The HTTP client's base error, under the name by which the hub's client knows it: the client itself changes.
+    from huggingface_hub.errors import HTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except HFValidationError:
+        raise InputError(f"{flag} {repo_id}: not a hub id; expected owner/name") from None
+    except (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise _explained(error, repo_id, revision, flag) from error
+
+
+def _explained(error: Exception, repo_id: str, revision: str | None, flag: str) -> InputError:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     name = f"{flag} {repo_id}"
+    # A snapshot that is not in the cache either is reported as such, with the hub's own answer as its cause.
     cause = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
     if isinstance(cause, GatedRepoError):
         return InputError(
@@ -126,7 +158,7 @@ def explained(error: Exception, repo_id: str, revision: str | None, flag: str) -
     if isinstance(cause, RepositoryNotFoundError):
         return InputError(f"{name}: no such folder here and no such model on the hub (or it is private: set HF_TOKEN)")
     return InputError(
-        f"{name}: not in the local cache, and the hub cannot be reached ({type(cause).__name__}). "
-        f"Fetch it where there is internet with `uv run -m src.download_model --model_id {repo_id} --output_dir FOLDER` and pass that folder, "
-        f"or try bundled:smollm2-135m"
+        f"{name}: not in the local cache, and the hub does not answer as it should ({type(cause).__name__}). "
+        f"Where there is internet, `uv run -m src.download_model --model_id {repo_id} --output_dir FOLDER` fetches a "
+        f"folder to pass instead; or try bundled:smollm2-135m"
     )

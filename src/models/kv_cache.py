@@ -54,7 +54,7 @@ def _room(states: Tensor, n_positions: int) -> Tensor:
 
 
 def growing_cache(config: PreTrainedConfig) -> DynamicCache:
-    """The model's own kind of cache, with full-attention layers that grow in place; the other kinds stay as they are."""
+    """The model's own kind of cache, its full-attention layers growing in place; other kinds stay as they are."""
     cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

@@ -26,8 +26,9 @@ def token_uncertainty(logits: Tensor, k: int = 5) -> Uncertainty:
     """
     Entropy and top-k mass of each row of `logits` (rows, vocabulary), any float dtype.
 
-    −inf logits count as probability 0. A row that holds NaN or +inf, or only −inf, gives NaN in both: the caller
-    decides what a broken distribution means, this function never hides one. Raises ValueError for a k outside 1…vocabulary.
+    −inf logits count as probability 0. A row that holds NaN or +inf, or only −inf, gives NaN in both: what a broken
+    distribution means is the caller's to decide, it is never hidden here. Raises ValueError for a k outside
+    1…vocabulary.
     """
     assert logits.dim() == 2, f"logits must be (rows, vocabulary), got {tuple(logits.shape)}"
     if not 1 <= k <= logits.shape[1]:

@@ -8,7 +8,7 @@ from typing import Protocol
 from src.common.errors import InputError
 from src.common.jsonl import JsonlWriter, read_jsonl, repair_torn_tail, round_fields, write_jsonl_atomic
 from src.common.rows import Prompt
-from src.models.renderer import Message, PersonaRenderer, RenderedPrompt
+from src.models.chat_format import Message, PersonaRenderer, RenderedPrompt
 from src.models.thinking import ThinkingReader
 from src.models.types import GenerationRequest, GenerationResult
 from src.personas.rows import MEASURED_FIELDS, Asked, results_row
