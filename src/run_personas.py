@@ -78,8 +78,8 @@ def generate(config: RunPersonasConfig, run: Run, tasks: Sequence, follow_ups: l
 
 def ask(config: RunPersonasConfig, run: Run, tasks: Sequence, follow_ups: list[Prompt], results, arrays) -> None:
     """Load the model and run the conversations; every row is on disk as soon as it is there."""
-    from src.models.language_model import LanguageModel
     from src.models.chat_format import PersonaRenderer, with_chat_template
+    from src.models.language_model import LanguageModel
     from src.personas.conversations import Conversations, all_row_ids
     from src.personas.progress import Progress
 

@@ -1,4 +1,4 @@
-"""The stock chat templates that TRL ships, each on the bundled tokenizer with the literals it writes added as tokens."""
+"""The stock chat templates that TRL ships, each on the bundled tokenizer with its own literals added as tokens."""
 
 import importlib.util
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 BUNDLED = "bundled"
-# What templates write as special tokens: <|x|>, <|x>, <x|>, DeepSeek's fullwidth bars, <s>, <bos>, Gemma's turns, [INST].
+# What templates write as special tokens: <|x|>, <|x>, <x|>, DeepSeek's fullwidth bars, <s>, <bos>, turns, [INST].
 SPECIAL = re.compile(
     r"<\|[^<>|\n'\"{} ]{1,40}\|>|<｜[^<>\n'\"{}]{1,40}｜>|<\|[a-zA-Z_]+>|<[a-zA-Z_]+\|>|</?s>|<bos>|<eos>"
     r"|<(?:start|end)_of_turn>|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS)\]|<image>|<end_of_utterance>"

@@ -1,4 +1,4 @@
-"""On every stock template: persona `assistant` is the stock render to the byte; any other is in every header, or refused."""
+"""On every stock template: persona `assistant` is the stock render; any other is in every header, or refused."""
 
 from pathlib import Path
 

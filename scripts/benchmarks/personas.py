@@ -34,8 +34,8 @@ MODEL_ID = "bundled:smollm2-135m"
 def rendered() -> list[list[tuple[int, ...]]]:
     """Prompts of each persona as token ids, rendered by the same code for both sides."""
     from src.models.bundled import bundled_folder
-    from src.models.loading import load_tokenizer
     from src.models.chat_format import PersonaRenderer
+    from src.models.loading import load_tokenizer
 
     renderer = PersonaRenderer(load_tokenizer(bundled_folder(MODEL_ID)), "both")
     return [

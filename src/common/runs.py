@@ -35,7 +35,7 @@ from src.common.settings import row_fields, to_json
 
 LOGGER = logging.getLogger(__name__)
 # Facts that results depend on but that no setting shows: weights can change under the same name.
-PINNED = ("model_fingerprint", "adapter_fingerprint")
+PINNED = ("model_fingerprint", "adapter_fingerprint", "dtype")
 
 
 def start_run(config: RunConfigBase, command: str, inputs: Sequence[Path] = ()) -> "Run":

@@ -132,7 +132,7 @@ def download(repo_id: str, revision: str | None, flag: str = "--model_id", local
 def explaining(repo_id: str, revision: str | None, flag: str) -> Iterator[None]:
     """Turn the hub client's exceptions into InputErrors that say what to do."""
     # The HTTP client's base error, under the name by which the hub's client knows it: the client itself changes.
-    from huggingface_hub.errors import HTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
         yield
