@@ -1,5 +1,6 @@
 """Real things that several tests share; each is made once a session."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -12,6 +13,21 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip by name what this environment cannot run."""
+    import torch
+
+    missing = {}
+    if not torch.cuda.is_available():
+        missing["gpu"] = "no CUDA device"
+    if importlib.util.find_spec("vllm") is None:
+        missing["vllm"] = "no vLLM: uv run --extra cpu -m pytest tests/"
+    for item in items:
+        for name, reason in missing.items():
+            if name in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
