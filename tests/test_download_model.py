@@ -43,6 +43,7 @@ def test_a_model_is_fetched_described_and_loads(
     assert again.returncode == 0 and ", 0.0 MB of it there" not in again.stdout
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_a_model_reference(environment: dict, tmp_path: Path, run_module: Callable) -> None:
     (tmp_path / "q.json").write_text('["Hi"]')
     (tmp_path / "p.json").write_text('[{"persona": "cat", "category": "animal", "article": "a"}]')
@@ -79,7 +80,7 @@ def test_what_cannot_be_had_is_said_with_the_remedy(environment, tmp_path, run_m
     assert model_id in done.stderr and all(word in done.stderr for word in words), done.stderr
 
 
-@pytest.mark.parametrize("command", ["download_model", "run_personas"])
+@pytest.mark.parametrize("command", ["download_model", pytest.param("run_personas", marks=pytest.mark.slow)])
 def test_an_unreachable_hub_says_what_to_do(environment, tmp_path, run_module, command) -> None:
     (tmp_path / "q.json").write_text('["Hi"]')
     (tmp_path / "p.json").write_text('[{"persona": "cat", "category": "animal", "article": "a"}]')

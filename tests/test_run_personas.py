@@ -202,6 +202,24 @@ def test_a_signal_stops_and_says_that_the_command_resumes(inputs, bundled_folder
 
 
 @pytest.mark.slow
+def test_workers_merged_give_the_run_of_one_process(finished, inputs, tiny_folder, tmp_path, run_module) -> None:
+    folder, _, more = finished
+    out = tmp_path / "workers"
+    words = arguments(inputs, tiny_folder, out, *more)
+    for index in ("0", "1"):
+        assert run_module("run_personas", *words, "--num_workers", "2", "--worker_index", index).returncode == 0
+    merged = run_module("merge_shards", "--shards_dir", str(out / "shards"), "--output_dir", str(out))
+    assert merged.returncode == 0, merged.stderr
+    done = run_module("run_personas", *words)
+    assert done.returncode == 0, done.stderr
+    for row, other in zip(rows_of(folder), rows_of(out), strict=True):
+        assert (row["id"], row["response"]) == (other["id"], other["response"])
+    assert json.loads((out / "summary.json").read_text()).keys() == {"personas", "categories", "overall"}
+    ids = pq.read_table(out / "tokens.parquet")["id"].to_pylist()
+    assert ids == [row["id"] for row in rows_of(out)]
+
+
+@pytest.mark.slow
 def test_temperature_zero_makes_one_repeat_and_says_so(inputs: Path, tiny_folder: Path, tmp_path, run_module) -> None:
     done = run_module("run_personas", *arguments(inputs, tiny_folder, tmp_path / "x", "--n_reps", "3"))
     assert {row["rep_idx"] for row in rows_of(tmp_path / "x")} == {0}
