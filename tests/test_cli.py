@@ -289,8 +289,8 @@ def main(config):
     if config.what == "crash":
         raise KeyError("surprise")
     if config.what == "wait":
-        print("ready", flush=True)
         try:
+            print("ready", flush=True)
             time.sleep(60)
         finally:
             time.sleep(0.3)  # a second signal arrives while the first unwinds
