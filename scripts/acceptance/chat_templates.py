@@ -45,9 +45,8 @@ def main() -> None:
     rows = [row(name, tokenizer_for(file, folder)) for name, file in template_files().items()]
     print("| template | `assistant` = stock | last header | earlier headers | system prompt |\n|---|---|---|---|---|")
     print("\n".join(line for line, _ in rows))
-    print(
-        f"{sum(applied for _, applied in rows)} of {len(rows)} carry the persona in every header, the others are refused"
-    )
+    n_applied = sum(applied for _, applied in rows)
+    print(f"{n_applied} of {len(rows)} carry the persona in every header, the others are refused")
 
 
 if __name__ == "__main__":

@@ -89,8 +89,10 @@ def formats() -> None:
         differences += (token_uncertainty(logits).entropy - torch.tensor(result.entropy)).tolist()
         agree += (logits.argmax(-1) == torch.tensor(result.token_ids)).tolist()
     size = torch.tensor(differences)
-    print(f"bfloat16 against float32 on {len(size)} equal tokens: |ΔH| mean {size.abs().mean():.4f}, largest "
-          f"{size.abs().max():.3f}, bias {size.mean():.4f} nats; likeliest token agrees {sum(agree) / len(agree):.3f}")  # fmt: skip
+    print(
+        f"bfloat16 against float32 on {len(size)} equal tokens: |ΔH| mean {size.abs().mean():.4f}, largest "
+        f"{size.abs().max():.3f}, bias {size.mean():.4f} nats; likeliest token agrees {sum(agree) / len(agree):.3f}"
+    )
 
 
 def memory(folder: Path) -> None:
