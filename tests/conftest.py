@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -62,6 +63,11 @@ def run_module() -> Callable[..., subprocess.CompletedProcess]:
         )  # fmt: skip
 
     return run
+
+
+def heeds_ctrl_c() -> None:
+    """For `preexec_fn`: a process started in the background inherits that Ctrl-C is ignored; this one is to hear it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def module_command(command: str, arguments: Sequence[str]) -> list[str]:

@@ -18,8 +18,7 @@ from src.common.errors import InputError
 from src.common.experiment_config import ExperimentConfigBase
 from src.common.model_config import ModelConfigBase
 from src.common.settings import row_fields, setting, to_json
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.conftest import ROOT, heeds_ctrl_c
 
 
 @dataclass(kw_only=True)
@@ -350,8 +349,9 @@ def test_any_other_exception_keeps_its_traceback(command: list[str]) -> None:
 def test_a_stopped_command_says_that_it_resumes(command: list[str], signals: list[signal.Signals], code: int) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [*command, "--what", "wait"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+        [*command, "--what", "wait"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        preexec_fn=heeds_ctrl_c,
+    )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     for number in signals:
         process.send_signal(number)

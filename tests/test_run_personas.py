@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import ROOT, module_command
+from tests.conftest import ROOT, heeds_ctrl_c, module_command
 
 PROMPTS = [{"id": f"p{i}", "prompt": text} for i, text in enumerate(["Who are you?", "What is rain?", "Why sing?"])]
 PERSONAS = [
@@ -195,7 +195,9 @@ def test_more_tasks_in_a_finished_folder_are_added(inputs: Path, tiny_folder: Pa
 def test_a_signal_stops_and_says_that_the_command_resumes(inputs, bundled_folder, tmp_path, sign, code, words) -> None:
     folder = tmp_path / "stopped"
     command = module_command("run_personas", arguments(inputs, bundled_folder, folder, "--max_tokens", "4000"))
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeds_ctrl_c
+    )
     while not (folder / "results.jsonl").exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(sign)
