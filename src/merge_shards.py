@@ -54,7 +54,9 @@ def main(config: MergeShardsConfig) -> None:
 
     # 2. The merged run's folder, in the place of the run that one process would have made.
     with open_merged(config.output_dir, merged_config, merged_provenance) as run:
-        # 3. Rows in task order, then the arrays beside them.
+        # 3. Rows in task order, then the arrays beside them. What was computed over fewer rows goes.
+        refuse_losing_rows(config.output_dir, workers)
+        run.path("summary.json").unlink(missing_ok=True)
         written = {}
         for name, what in merged_files(workers).items():
             paths = [worker / name for worker in workers]
@@ -113,6 +115,17 @@ def open_merged(folder: Path, config: Row, provenance: Row) -> Run:
     write_json_atomic(folder / PROVENANCE, provenance)
     write_json_atomic(folder / CONFIG, config)
     return Run(folder, resumed, provenance, lock, handlers=[])
+
+
+def refuse_losing_rows(folder: Path, workers: Sequence[Path]) -> None:
+    """Raises InputError where the folder holds rows that no worker has: merging would drop them."""
+    path = folder / "results.jsonl"
+    if not path.exists():
+        return
+    merged = {row["id"] for worker in workers for _, row in read_jsonl(worker / path.name)}
+    lost = [row["id"] for _, row in read_jsonl(path) if row["id"] not in merged]
+    if lost:
+        raise InputError(f"{path}: {len(lost)} of its rows are in no worker's folder; choose another --output_dir")
 
 
 def merged_files(workers: Sequence[Path]) -> dict[str, str]:

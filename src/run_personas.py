@@ -27,16 +27,19 @@ class RunPersonasConfig(PersonaSettings):
 
 
 def main(config: RunPersonasConfig) -> None:
+    from src.common.system_prompts import PLAIN, read_chat_template
     from src.models.hub import check_reference
     from src.personas.tasks import build_tasks
 
     # 1. Everything that can be wrong without a model.
     if config.backend == "vllm":
         raise InputError("--backend vllm: this version generates on transformers only; use --backend hf")
-    prompts = read_prompts(config.prompts_json)[: config.num_tasks]
+    prompts = read_prompts(config.prompts_json, config.num_tasks)
     personas = chosen_personas(config)
     follow_ups = read_prompts(config.turns) if config.turns else []
     check_reference(config.model_id, config.adapter_path)
+    if config.chat_template not in (None, PLAIN):
+        read_chat_template(config.chat_template)
     tasks = config.own_tasks(build_tasks(personas, prompts, n_reps(config)))
 
     # 2. The run folder, fresh or resumed.
@@ -55,6 +58,7 @@ def generate(config: RunPersonasConfig, run: Run, tasks: Sequence, follow_ups: l
 
     # 3. What an earlier start left.
     results = Results(run.folder)
+    results.refuse_other_prompts(tasks)
     arrays = TokenArrays(run.folder) if config.token_arrays else None
     row_ids = all_row_ids(tasks, follow_ups)
     done = sum(row_id in results.rows for row_id in row_ids)
@@ -87,7 +91,11 @@ def ask(config: RunPersonasConfig, run: Run, tasks: Sequence, follow_ups: list[P
     run.record(**model.facts)
     tokenizer = with_chat_template(model.tokenizer, config.chat_template)
     renderer = PersonaRenderer(
-        tokenizer, config.persona_mode, system_prompt_style=config.system_prompt_style, thinking=config.thinking_mode
+        tokenizer,
+        config.persona_mode,
+        system_prompt_style=config.system_prompt_style,
+        thinking=config.thinking_mode,
+        today=run.first_started.date(),
     )
     conversations = Conversations(config, tasks, follow_ups, model, renderer)
     row_ids = all_row_ids(tasks, follow_ups)

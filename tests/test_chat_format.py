@@ -1,3 +1,4 @@
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from src.common.errors import InputError
-from src.models.chat_format import PersonaRenderer, system_prompt, with_chat_template
+from src.common.system_prompts import system_prompt
+from src.models.chat_format import PersonaRenderer, with_chat_template
 
 TEXTS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=40).filter(str.strip)
 CORPUS = ["You are Hamlet. What is rain? The assistant says hello, user and model.", "Why? Because. <s> </s>"] * 9
@@ -150,7 +152,7 @@ def tokenizer_folder(bundled_folder: Path) -> Path:
     [
         ("{% for m in messages %}[INST]{{ m.content }}[/INST]{% endfor %}", "does not exist"),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant, "
-         "assistant:{% endif %}", "2 times"),
+         "assistant:{% endif %}", "several words"),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:", "does not exist"),
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
          "before an earlier answer"),
@@ -210,3 +212,48 @@ def test_there_is_one_bos_where_the_model_wants_one(kind: str, adds_bos: bool, w
     plain = PersonaRenderer(tokenizer, "both").render(user("What is rain?"), "Hamlet", "")
     whole = tokenizer(plain.text, add_special_tokens=False)["input_ids"]
     assert list(plain.token_ids) == ([0] if adds_bos and not writes_bos else []) + whole
+
+
+def test_the_date_is_the_one_that_is_given(bundled_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(bundled_folder)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} " + tokenizer.chat_template
+    for day in (1, 28):
+        rendered = PersonaRenderer(tokenizer, "header", today=date(2026, 2, day)).render(user("Hi"), "Hamlet", "")
+        assert rendered.text.startswith(f"{day:02d} Feb 2026 <|im_start|>")
+
+
+@pytest.mark.parametrize("name", ["enable_thinking", "thinking"])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_thinking_is_asked_for_under_each_name(bundled_folder: Path, name: str, wanted: bool) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(bundled_folder)
+    tokenizer.chat_template = tokenizer.chat_template + f"{{% if {name} %}}<think>{{% endif %}}"
+    rendered = PersonaRenderer(tokenizer, "system", thinking=wanted).render(user("Hi"), "Hamlet", "")
+    assert rendered.text.endswith("<think>") == wanted
+
+
+def test_another_case_of_the_role_word_is_another_persona(renderer) -> None:
+    assert "<|im_start|>Assistant\n" in renderer.render(user("Hi"), "Assistant", "an").text
+    assert "<|im_start|>assistant\n" in renderer.render(user("Hi"), "assistant", "an").text
+
+
+def test_a_thinking_mark_is_never_taken_for_the_role(bundled_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(bundled_folder)
+    tokenizer.add_tokens(["<|asst|>"], special_tokens=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|asst|><think>' if m.role == 'assistant' else 'user:' }}{{ m.content }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}<|asst|><think>{% endif %}"
+    )
+    with pytest.raises(InputError, match="inside a special token"):
+        PersonaRenderer(tokenizer, "header")
+
+
+def test_a_token_spelled_through_a_normalizer_is_refused(bundled_folder: Path) -> None:
+    tokenizer = made_tokenizer("bytes", adds_bos=False)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.backend_tokenizer.add_tokens([AddedToken("<think>", special=False, normalized=True)])
+    tokenizer.chat_template = LLAMA_LIKE
+    renderer = PersonaRenderer(tokenizer, "both")
+    renderer.render(user("a think"), "Hamlet", "")
+    with pytest.raises(InputError, match="reads a special token"):
+        renderer.render(user("\uff1cthink\uff1e"), "Hamlet", "")

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from src.common.errors import InputError
 from src.models.generation import decode_batch, left_padded, needs_equal_lengths
 from src.models.types import GenerationRequest
 from src.ops.metrics import token_uncertainty
@@ -128,7 +129,7 @@ def test_logits_that_are_no_numbers_raise_and_name_the_request() -> None:
     model = tiny_model("llama")
     with torch.no_grad():
         model.lm_head.weight[7] = torch.nan
-    with pytest.raises(FloatingPointError, match=r"request '0'.*token 0.*--dtype float32"):
+    with pytest.raises(InputError, match=r"request '0'.*token 0.*--dtype float32"):
         decode(model, some_requests(1))
 
 
@@ -136,6 +137,21 @@ def test_padding_stands_on_the_left() -> None:
     ids, mask = left_padded([(5, 6, 7), (8,)], pad_id=2, device=torch.device("cpu"))
     assert ids.tolist() == [[5, 6, 7], [2, 2, 8]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+@pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
+def test_rotary_embeddings_of_the_longest_row_need_rows_of_one_length(rope_type: str) -> None:
+    config = CONFIGS["llama"]()
+    config.rope_parameters = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0}
+    model = tiny_model("llama")
+    assert not needs_equal_lengths(model)
+    model.config.rope_parameters = config.rope_parameters
+    assert needs_equal_lengths(model)
+    model.config.rope_parameters = {
+        "full_attention": config.rope_parameters,
+        "sliding_attention": {"rope_type": "default"},
+    }
+    assert needs_equal_lengths(model)
 
 
 def test_recurrent_models_are_told_from_attention_only_ones() -> None:

@@ -109,3 +109,28 @@ def test_every_end_of_sequence_of_the_generation_config_counts(tiny_folder: Path
     shutil.copytree(tiny_folder, folder)
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
     assert load(folder).eos_ids == {2, 7, 9}
+
+
+def test_missing_and_damaged_weights_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file({k: v for k, v in tensors.items() if k != name}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"1 weights of LlamaForCausalLM are missing.*layers\.1\.mlp\.down_proj"):
+        load(folder)
+    data = (tiny_folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(InputError, match="--model_id"):
+        load(folder)
+
+
+def test_the_format_fingerprint_sees_template_and_tokenizer(tiny_folder: Path, tmp_path: Path) -> None:
+    before = load(tiny_folder).facts["format_fingerprint"]
+    shutil.copytree(tiny_folder, tmp_path / "same")
+    assert load(tmp_path / "same").facts["format_fingerprint"] == before
+    template = tmp_path / "same" / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    assert load(tmp_path / "same").facts["format_fingerprint"] != before

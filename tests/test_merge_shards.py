@@ -178,3 +178,12 @@ def test_the_command(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert f"{tmp_path / 'run' / 'results.jsonl'}" in done.stdout
     assert (tmp_path / "run" / "DONE").exists()
+
+
+def test_rows_that_no_worker_has_are_never_dropped(tmp_path: Path) -> None:
+    work(Config(output_dir=tmp_path), [1, 1, 1, 1])
+    before = (tmp_path / "results.jsonl").read_bytes()
+    workers(tmp_path, 2, [1, 1])
+    with pytest.raises(InputError, match="2 of its rows are in no worker's folder"):
+        merge(tmp_path)
+    assert (tmp_path / "results.jsonl").read_bytes() == before

@@ -251,6 +251,7 @@ def bad_inputs(folder: Path, model: Path) -> dict[str, tuple[list[str], list[str
     }
     for name, text in files.items():
         (folder / name).write_text(text)
+    (folder / "broken.jinja").write_text("{% for m in messages %}\n{% endif %}")
     (folder / "no_weights").mkdir()
     (folder / "no_weights" / "config.json").write_text("{}")
     (folder / "taken").mkdir()
@@ -277,6 +278,8 @@ def bad_inputs(folder: Path, model: Path) -> dict[str, tuple[list[str], list[str
         "no weights": (replaced("--model_id", str(folder / "no_weights")), ["no_weights", "no weights"]),
         "no such model": (replaced("--model_id", "./models/nowhere"), ["./models/nowhere", "no such folder"]),
         "unknown bundled model": (replaced("--model_id", "bundled:gpt"), ["bundled:gpt", "bundled:smollm2-135m"]),
+        "unknown style": ([*good, "--system_prompt_style", "foo"], ["--system_prompt_style 'foo'", "act-as"]),
+        "broken template": ([*good, "--chat_template", str(folder / "broken.jinja")], ["broken.jinja:2", "Jinja"]),
         "vllm": ([*good, "--backend", "vllm"], ["--backend vllm", "--backend hf"]),
         "bad number": ([*good, "--max_tokens", "many"], ["--max_tokens", "many", "whole number"]),
         "unwritable folder": (replaced("--output_dir", "/proc/nowhere/out"), ["/proc/nowhere/out", "folder"]),
@@ -304,6 +307,21 @@ def test_a_prompt_longer_than_the_context_is_named(inputs: Path, tiny_folder: Pa
     assert done.returncode == 2
     last = done.stderr.strip().split("\n")[-1]
     assert "long.json" in last and "'tome'" in last and "512" in last
+
+
+@pytest.mark.slow
+def test_a_conversation_that_outgrows_the_context_ends_and_the_others_go_on(inputs, tiny_folder, tmp_path, run_module):
+    (tmp_path / "turns.json").write_text(json.dumps(["Why? " * 60] * 3))
+    words = [*arguments(inputs, tiny_folder, tmp_path / "out"), "--turns", str(tmp_path / "turns.json")]
+    done = run_module("run_personas", *words, "--num_personae", "1", "--max_tokens", "90", "--temperature", "1")
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path / "out")
+    assert len(rows) == 12
+    reasons = {row["turn"]: row["finish_reason"] for row in rows}
+    assert reasons[0] != "context" and reasons[3] == "context"
+    assert all(
+        row["num_tokens"] == 0 and row["avg_entropy"] is None for row in rows if row["finish_reason"] == "context"
+    )
 
 
 def test_help_names_every_flag_in_both_spellings(run_module: Callable) -> None:

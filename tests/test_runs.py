@@ -44,6 +44,14 @@ def start(config: Config, command: str = "probe") -> Run:
     return start_run(config, command, [config.prompts_json, *config.more])
 
 
+def with_a_row(config: Config, inputs: list[Path] | None = None) -> Run:
+    """A run that has made something: only then does another configuration mix two runs."""
+    run = start(config) if inputs is None else start_run(config, "probe", inputs)
+    run.path("results.jsonl").write_text('{"id": "a"}\n')
+    run.close()
+    return run
+
+
 def read(run_or_folder: Run | Path, name: str) -> dict:
     folder = run_or_folder.folder if isinstance(run_or_folder, Run) else run_or_folder
     return json.loads((folder / name).read_text(encoding="utf-8"))
@@ -117,8 +125,7 @@ def test_a_finished_run_that_starts_again_is_not_done(config: Config) -> None:
 
 
 def test_another_configuration_is_refused_with_both_values(config: Config) -> None:
-    with start(config):
-        pass
+    with_a_row(config)
     before = {path: path.read_bytes() for path in config.output_dir.rglob("*") if path.is_file()}
     with pytest.raises(InputError) as caught:
         start(replace(config, temperature=0.7, seed=3, batch_size=99))
@@ -134,8 +141,7 @@ def test_another_configuration_is_refused_with_both_values(config: Config) -> No
 def test_inputs_are_compared_by_what_they_hold(config: Config, tmp_path: Path) -> None:
     (tmp_path / "q.json").write_text("q")
     config = replace(config, more=[tmp_path / "q.json"])
-    with start(config):
-        pass
+    with_a_row(config)
     moved = tmp_path / "moved.json"
     shutil.copy(config.prompts_json, moved)
     with start(replace(config, prompts_json=moved)) as run:
@@ -151,8 +157,7 @@ def test_inputs_are_compared_by_what_they_hold(config: Config, tmp_path: Path) -
 def test_an_input_that_no_setting_names_is_compared_too(config: Config, tmp_path: Path) -> None:
     extra = tmp_path / "extra.json"
     extra.write_text("1")
-    with start_run(config, "probe", [extra]):
-        pass
+    with_a_row(config, [extra])
     extra.write_text("2")
     with pytest.raises(InputError, match=r"extra\.json was"):
         start_run(config, "probe", [extra])
@@ -168,8 +173,7 @@ def test_changed_weights_under_the_same_name_are_refused(config: Config) -> None
 
 
 def test_an_older_config_without_a_new_field_has_its_default(config: Config) -> None:
-    with start(config) as run:
-        pass
+    run = with_a_row(config)
     written = read(run, "config.json")
     del written["config"]["temperature"]
     run.path("config.json").write_text(json.dumps(written))
@@ -271,9 +275,32 @@ def test_one_folder_is_held_by_one_process_until_it_dies(tmp_path: Path) -> None
     assert [s["outcome"] for s in read(run, "provenance.json")["sessions"]] == ["running", "stopped"]
 
 
-def test_a_folder_is_free_again_when_a_start_was_refused(config: Config) -> None:
+def test_a_run_without_results_takes_a_corrected_configuration(config: Config) -> None:
     with start(config):
         pass
+    with start(replace(config, temperature=0.7)) as run:
+        assert read(run, "config.json")["config"]["temperature"] == 0.7
+        assert len(read(run, "provenance.json")["sessions"]) == 2
+
+
+def test_a_workers_share_depends_on_the_number_of_tasks(tmp_path: Path) -> None:
+    @dataclass(kw_only=True)
+    class Shared(WorkerConfigBase):
+        num_tasks: int = setting(4, affects_rows=False, affects_shares=True)
+
+    for num_workers, refused in ((1, False), (2, True)):
+        config = Shared(output_dir=tmp_path / str(num_workers), num_workers=num_workers)
+        with start_run(config, "probe") as run:
+            run.path("results.jsonl").write_text('{"id": "a"}\n')
+        if refused:
+            with pytest.raises(InputError, match="num_tasks was 4, is now 5"):
+                start_run(replace(config, num_tasks=5), "probe")
+        else:
+            start_run(replace(config, num_tasks=5), "probe").close()
+
+
+def test_a_folder_is_free_again_when_a_start_was_refused(config: Config) -> None:
+    with_a_row(config)
     with pytest.raises(InputError, match="temperature"):
         start(replace(config, temperature=1.0))
     start(config).close()

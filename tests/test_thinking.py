@@ -66,3 +66,8 @@ def test_other_marks_are_found_by_the_vocabulary(bundled_folder: Path) -> None:
     tokenizer.add_tokens(["[THINK]", "[/THINK]"], special_tokens=True)
     _, span = read(tokenizer, "[THINK]Hm.[/THINK]Rain.")
     assert (span.thinking, span.response) == ("Hm.", "Rain.")
+
+
+def test_an_answer_after_a_closed_block_may_speak_of_the_marks(tokenizer) -> None:
+    _, span = read(tokenizer, "The tag </think> ends it.", HEADER + "<think>\n\n</think>\n\n")
+    assert span.num_tokens == 0 and span.response == "The tag </think> ends it."

@@ -44,6 +44,12 @@ def _refuse_other_files(folder: Path) -> None:
         )
 
 
+def has_results(folder: Path) -> bool:
+    """Whether the run in the folder has written anything of its own yet, be it a single row."""
+    own = {CONFIG, DONE, *BEFORE_CONFIG} - {SHARDS}
+    return any(path.name not in own and (path.is_dir() or path.stat().st_size > 0) for path in folder.iterdir())
+
+
 def _is_ours(name: str) -> bool:
     return name in BEFORE_CONFIG or (name.startswith(".") and name.endswith(TEMPORARY_SUFFIX))
 

@@ -11,6 +11,7 @@ import logging
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -26,6 +27,7 @@ from src.common.run_folder import (
     PROVENANCE,
     SHARDS,
     comparable,
+    has_results,
     lock_folder,
     make_folder,
     read_run,
@@ -35,7 +37,7 @@ from src.common.settings import row_fields, to_json
 
 LOGGER = logging.getLogger(__name__)
 # Facts that results depend on but that no setting shows: weights can change under the same name.
-PINNED = ("model_fingerprint", "adapter_fingerprint", "dtype")
+PINNED = ("model_fingerprint", "adapter_fingerprint", "format_fingerprint", "dtype")
 
 
 def start_run(config: RunConfigBase, command: str, inputs: Sequence[Path] = ()) -> "Run":
@@ -76,7 +78,11 @@ def _open_run(folder: Path, lock: IO[str], config: RunConfigBase, command: str, 
         earlier, provenance = read_run(folder)
         fields = row_fields(config)
         old = comparable(earlier["config"], fields, provenance["inputs"]) | {"command": earlier["command"]}
-        refuse_differences(folder, old, comparable(values, fields, hashes) | {"command": command})
+        if has_results(folder):
+            refuse_differences(folder, old, comparable(values, fields, hashes) | {"command": command})
+        else:
+            # Nothing was made yet, so a corrected setting may take the place of a wrong one.
+            provenance = {"command": command, "inputs": hashes, "sessions": provenance["sessions"]}
     provenance["inputs"] = hashes
     provenance["sessions"].append(start_session())
     (folder / DONE).unlink(missing_ok=True)
@@ -106,6 +112,11 @@ class Run:
     def path(self, name: str) -> Path:
         """The path of a file of this run."""
         return self.folder / name
+
+    @property
+    def first_started(self) -> datetime:
+        """When the first session began that this run goes on with (UTC)."""
+        return datetime.fromisoformat(self._provenance["sessions"][0]["started"])
 
     def record(self, **facts: Any) -> None:
         """

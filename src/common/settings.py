@@ -18,6 +18,7 @@ from typing import Any
 import simple_parsing
 
 AFFECTS_ROWS = "affects_rows"
+AFFECTS_SHARES = "affects_shares"
 POSITIONAL = "positional_words"
 
 
@@ -26,20 +27,22 @@ def setting(
     *,
     default_factory: Any = MISSING,
     affects_rows: bool = True,
+    affects_shares: bool = False,
     aliases: Sequence[str] = (),
     choices: Sequence[str] | None = None,
     positional: bool = False,
 ) -> Any:
     """
     A dataclass field that is also a flag. `affects_rows=False` leaves it out of the comparison on resume; `aliases` are
-    further flag names; `positional` lets a list be given as plain words, without its flag.
+    further flag names; `affects_shares=True` puts it back where several workers share the tasks, since each one's share
+    depends on it; `positional` lets a list be given as plain words, without its flag.
     """
     extra = {} if choices is None else {"choices": list(choices)}
     return simple_parsing.field(
         default=default,
         default_factory=default_factory,
         alias=list(aliases) or None,
-        metadata={AFFECTS_ROWS: affects_rows, POSITIONAL: positional},
+        metadata={AFFECTS_ROWS: affects_rows, AFFECTS_SHARES: affects_shares, POSITIONAL: positional},
         **extra,
     )
 
@@ -119,10 +122,14 @@ def _plain(value: Any) -> Any:
 
 
 def row_fields(config: Any) -> dict[str, Any]:
-    """The fields that change rows, each with its default as JSON (None where the field is required)."""
+    """
+    The fields that change rows, or one of several workers' share of them, each with its default as JSON (None where the
+    field is required).
+    """
     defaults = {}
+    is_shared = getattr(config, "num_workers", 1) > 1
     for field in dataclasses.fields(config):
-        if field.metadata.get(AFFECTS_ROWS, True):
+        if field.metadata.get(AFFECTS_ROWS, True) or (is_shared and field.metadata.get(AFFECTS_SHARES)):
             factory = field.default_factory
             default = field.default if factory is MISSING else factory()
             defaults[field.name] = None if default is MISSING else _plain(default)

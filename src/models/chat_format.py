@@ -10,19 +10,20 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property, lru_cache
-from pathlib import Path
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from src.common.errors import InputError
+from src.common.system_prompts import PLAIN, read_chat_template, system_prompt
+from src.models.thinking import MARKS
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize + ': ' + message['content'] + '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-STYLES = {"you-are-a": "You are {article} {persona}.", "act-as": "Act as {article} {persona}."}
 MODES = ("header", "system", "both")
 # The words of no template, and of nothing that a template tests for.
 MARKER = "zqx{}marker{}xqz"
@@ -44,38 +45,14 @@ class RenderedPrompt:
     """What the template writes after the last message: the last assistant header."""
 
 
-def system_prompt(persona: str, article: str, style: str) -> str | None:
-    """
-    "You are an assistant.", or "You are Hamlet." for an empty or `none` article; None for the style `none`.
-
-    style: you-are-a, act-as, none, or a text with {article} and {persona}. Raises InputError for any other.
-    """
-    if style == "none":
-        return None
-    template = STYLES.get(style, style)
-    if "{persona}" not in template:
-        raise InputError(
-            f"--system_prompt_style {style!r}: expected {', '.join(STYLES)}, none, or a text that holds {{persona}}"
-        )
-    # The blank goes with the article; braces in a persona's name are data, hence no str.format.
-    bare = article.strip().lower() in ("", "none")
-    template = template.replace("{article} ", "").replace("{article}", "") if bare else template
-    parts = re.split(r"(\{article\}|\{persona\})", template)
-    return "".join({"{article}": article, "{persona}": persona}.get(part, part) for part in parts)
-
-
 def with_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> PreTrainedTokenizerBase:
     """
     `tokenizer` with the template in a Jinja file, or with `plain`: "User: …", "Assistant: …".
 
     Raises InputError when the file cannot be read, and when there is no template at all (a base model).
     """
-    if chat_template == "plain":
-        tokenizer.chat_template = PLAIN_TEMPLATE
-    elif chat_template is not None:
-        if not Path(chat_template).is_file():
-            raise InputError(f"--chat_template {chat_template}: no such file; expected a Jinja file or `plain`")
-        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+    if chat_template is not None:
+        tokenizer.chat_template = PLAIN_TEMPLATE if chat_template == PLAIN else read_chat_template(chat_template)
     if not tokenizer.chat_template:
         raise InputError(
             f"{tokenizer.name_or_path}: the tokenizer has no chat template (a base model?); "
@@ -99,6 +76,7 @@ class PersonaRenderer:
         *,
         system_prompt_style: str = "you-are-a",
         thinking: bool = True,
+        today: date | None = None,
     ) -> None:
         if mode not in MODES:
             raise InputError(f"--persona_mode {mode}: expected {', '.join(MODES)}")
@@ -106,6 +84,8 @@ class PersonaRenderer:
         self.mode = mode
         self.style = system_prompt_style
         self.thinking = thinking
+        self.today = today or date.today()
+        """What templates that write the date write, so that a run that goes on tomorrow asks what it asked today."""
         self._pieces = lru_cache(maxsize=64)(self._pieces_of_shape)
         if mode != "system":
             # Refuse before anything is generated, earlier headers included.
@@ -164,17 +144,19 @@ class PersonaRenderer:
 
     @cached_property
     def _role_word(self) -> str:
-        text = self._outside_tokens(self._generation_prompt)
-        word = re.search(r"[^\W\d_]+", text)
-        if word is None:
-            where = (
-                "lies inside a special token" if re.search(r"[^\W\d_]", self._generation_prompt) else "does not exist"
-            )
-            raise InputError(
-                f"{self._name}: the role word of its assistant header {self._generation_prompt!r} {where}, "
-                f"so it cannot carry a persona; {REMEDY}"
-            )
-        return word.group()
+        header = self._generation_prompt
+        marks = [mark for pair in MARKS for mark in pair]
+        words = re.findall(r"[^\W\d_]+", re.sub("|".join(map(re.escape, marks)), " ", self._outside_tokens(header)))
+        if len(words) == 1:
+            return words[0]
+        if words:
+            reason = f"is one of several words ({', '.join(words)})"
+        else:
+            reason = "lies inside a special token" if re.search(r"[^\W\d_]", header) else "does not exist"
+        raise InputError(
+            f"{self._name}: the role word of its assistant header {header!r} {reason}, "
+            f"so it cannot carry a persona; {REMEDY}"
+        )
 
     @cached_property
     def _generation_prompt(self) -> str:
@@ -195,7 +177,13 @@ class PersonaRenderer:
         if self._content_is_parts if as_parts is None else as_parts:
             messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
         return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation, enable_thinking=self.thinking
+            messages,
+            tokenize=False,
+            add_generation_prompt=generation,
+            # The same wish under the names that templates know it by.
+            enable_thinking=self.thinking,
+            thinking=self.thinking,
+            strftime_now=self.today.strftime,
         )
 
     def _with_system(self, messages: Sequence[Message], system: str | None) -> tuple[list[Message], str | None]:
@@ -233,7 +221,7 @@ class PersonaRenderer:
         """(piece, start, end, name) of every role word that gives way to the persona's name; none for `assistant`."""
         pieces = self._pieces(roles)
         word = self._role_word
-        if persona.lower() in ("assistant", word.lower()):
+        if persona in ("assistant", word):
             return []
         headers = []
         for i in [*(i for i, role in enumerate(roles) if role == "assistant"), len(pieces) - 1]:
@@ -271,8 +259,21 @@ class PersonaRenderer:
         text = "".join(segment for segment, _ in segments)
         parts = _cut(text, self._cuts(text, segments))
         ids = [i for part in parts for i in self.tokenizer(part, add_special_tokens=False)["input_ids"]]
+        self._refuse_stray_tokens(ids, text, segments)
         bos = self.tokenizer.bos_token_id
         return tuple([bos, *ids] if self._adds_bos and ids[0] != bos else ids)
+
+    def _refuse_stray_tokens(self, ids: list[int], text: str, segments: list[tuple[str, bool]]) -> None:
+        # A normalizer may turn look-alike characters into a token's literal after the text was searched for it.
+        owned = [flag for segment, flag in segments for _ in segment]
+        spelled = [m for m in self._token_pattern.finditer(text) if all(owned[m.start() : m.end()])]
+        added = set(self.tokenizer.get_added_vocab().values()) - {self.tokenizer.unk_token_id}
+        n_unknown = sum(m.group() == self.tokenizer.unk_token for m in spelled)
+        if sum(i in added for i in ids) > len(spelled) - n_unknown:
+            raise InputError(
+                f"{self._name}: the tokenizer reads a special token out of a persona's, prompt's or answer's own text, "
+                f"in {text[:200]!r}; write it otherwise"
+            )
 
     @cached_property
     def _adds_bos(self) -> bool:

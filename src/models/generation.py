@@ -13,12 +13,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from src.common.errors import InputError
 from src.models.kv_cache import growing_cache
 from src.models.types import GenerationRequest
 from src.ops.metrics import token_uncertainty
 from src.ops.sampling import next_tokens
 
 ATTENTION_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+ROPE_OF_THE_LONGEST = {"longrope", "dynamic"}
+"""Rotary embeddings whose frequencies transformers chooses for a whole batch by its longest row."""
 
 
 @dataclass
@@ -38,13 +41,21 @@ class Row:
 
 def needs_equal_lengths(model: nn.Module) -> bool:
     """
-    Whether padding would reach the numbers: the model mixes tokens otherwise than by masked attention (state space,
-    convolution, linear attention) or takes no position ids. Its batches hold prompts of one length.
+    Whether batch mates would reach the numbers: the model mixes tokens otherwise than by masked attention (state space,
+    convolution, linear attention), takes no position ids, or has rotary embeddings that depend on the longest row. Its
+    batches hold prompts of one length.
     """
     config = model.config.get_text_config(decoder=True)
     layer_types = getattr(config, "layer_types", None) or []
     recurrent = any(kind not in ATTENTION_LAYER_TYPES for kind in layer_types)
-    return recurrent or "position_ids" not in inspect.signature(model.forward).parameters
+    recurrent = recurrent or ROPE_OF_THE_LONGEST & _rope_types(getattr(config, "rope_parameters", None) or {})
+    return bool(recurrent) or "position_ids" not in inspect.signature(model.forward).parameters
+
+
+def _rope_types(parameters: dict) -> set[str]:
+    """The kinds of rotary embedding of a model, whose parameters may be nested per layer type."""
+    nested = [_rope_types(value) for value in parameters.values() if isinstance(value, dict)]
+    return {str(parameters.get("rope_type"))}.union(*nested)
 
 
 class Batch:
@@ -98,7 +109,7 @@ class Batch:
 
     def _append(self, row: Row, token: int, entropy: float, mass: float, eos_ids: frozenset[int]) -> str | None:
         if entropy != entropy:
-            raise FloatingPointError(
+            raise InputError(
                 f"request {row.request.id!r}: the model's logits are not numbers at generated token {len(row.tokens)} "
                 f"(dtype {self.model.dtype}); try --dtype float32, and check the weights"
             )
@@ -151,7 +162,7 @@ def decode_batch(
     """
     Decode `requests` together; `on_row(row, finish_reason)` as each ends, `on_tokens(n)` after every step.
 
-    Raises FloatingPointError when the logits hold NaN.
+    Raises InputError when the logits hold NaN.
     """
     batch = Batch(model, requests, pad_id, k)
     while batch.rows:

@@ -19,6 +19,10 @@ from src.models.types import GenerationRequest, GenerationResult
 LOGGER = logging.getLogger(__name__)
 
 
+STATE_IN_MODULES = ("recurrent_gemma", "rwkv")
+"""Model types whose rows cannot leave a batch, since what they remember is not in the cache."""
+
+
 class LanguageModel:
     """A model with its tokenizer. The engine on transformers: `generate` takes and gives what every engine does."""
 
@@ -31,6 +35,8 @@ class LanguageModel:
         """What provenance records: fingerprints, device, dtype."""
         self.eos_ids = loading.eos_token_ids(model, tokenizer)
         self.context_length = loading.context_length(model)
+        if model.config.model_type in STATE_IN_MODULES:
+            raise InputError(f"{model.config.model_type} models keep their state outside the cache: not supported here")
         self._equal_lengths = needs_equal_lengths(model)
 
     @classmethod
@@ -59,9 +65,12 @@ class LanguageModel:
         Continue every request; `on_result` gets each result as soon as it is there, in no fixed order.
 
         on_tokens: called after each step with the number of tokens it added. batch_size: rows at once, fewer where
-        memory is short; a result does not depend on it. Raises InputError when a prompt fills the context, and
-        FloatingPointError when the logits hold NaN.
+        memory is short; a result does not depend on it. Raises InputError when a prompt fills the context, when
+        top_k exceeds the vocabulary, and when the logits hold NaN.
         """
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        if not 1 <= top_k <= vocabulary:
+            raise InputError(f"top-k mass of {top_k} tokens: expected 1 to the vocabulary's {vocabulary}")
         self._refuse_unsupported(requests)
         queue = [self._fitted(request) for request in sorted(requests, key=lambda r: -len(r.token_ids))]
         with torch.inference_mode(), packed_linears(self.model):

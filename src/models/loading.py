@@ -1,11 +1,13 @@
 """From a model reference to a model in memory: files, number format, device, quantization, adapter."""
 
+import hashlib
 import logging
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -24,6 +26,7 @@ from src.models.fingerprint import fingerprint
 from src.models.hub import adapter_folder, model_folder, split_reference
 
 LOGGER = logging.getLogger(__name__)
+FORMAT_FILES = ("config.json", "generation_config.json", "token*", "vocab*", "merges.txt", "*.jinja", "chat_template*")
 
 
 def load(config: ModelConfigBase) -> tuple[nn.Module, PreTrainedTokenizerBase, dict[str, str | None]]:
@@ -40,10 +43,20 @@ def load(config: ModelConfigBase) -> tuple[nn.Module, PreTrainedTokenizerBase, d
     facts = {
         "model_fingerprint": fingerprint(folder),
         "adapter_fingerprint": fingerprint(adapter_at) if adapter_at else None,
+        "format_fingerprint": format_fingerprint(folder),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "dtype": str(dtype).removeprefix("torch."),
     }
     return model, tokenizer, facts
+
+
+def format_fingerprint(folder: Path) -> str:
+    """sha256 (hex) of template, tokenizer and configuration: how text becomes tokens and where answers end."""
+    digest = hashlib.sha256()
+    for pattern in FORMAT_FILES:
+        for file in sorted(folder.glob(pattern)):
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -62,18 +75,31 @@ def _load_weights(folder: Path, config: ModelConfigBase, device: torch.device, d
     causal = type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(model_config, "auto_map")
     auto_class = AutoModelForCausalLM if causal else AutoModelForImageTextToText
     try:
-        model = auto_class.from_pretrained(
+        model, report = auto_class.from_pretrained(
             folder,
             dtype=dtype,
             device_map=_device_map(folder, device, config.quantization),
             quantization_config=_quantization(config.quantization, device, dtype),
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"--model_id {config.model_id}: {_first_line(error)}") from error
+    _refuse_missing_weights(config.model_id, model, report)
     model.requires_grad_(False)
     return model if hasattr(model, "hf_device_map") else model.to(device)
+
+
+def _refuse_missing_weights(model_id: str, model: nn.Module, report: dict[str, Collection]) -> None:
+    # transformers fills them with random numbers and warns.
+    missing, mismatched = sorted(report["missing_keys"]), sorted(map(str, report["mismatched_keys"]))
+    if missing or mismatched:
+        raise InputError(
+            f"--model_id {model_id}: {len(missing)} weights of {type(model).__name__} are missing and "
+            f"{len(mismatched)} have another shape, {(missing + mismatched)[0]} for one; "
+            f"it is damaged or no causal language model"
+        )
 
 
 def _device_map(folder: Path, device: torch.device, quantization: str) -> str | dict[str, torch.device] | None:

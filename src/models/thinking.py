@@ -62,11 +62,12 @@ class ThinkingReader:
             return self._all_answer(token_ids)
         start, end = self.marks
         text = self._raw(token_ids)
+        opened = header.rfind(start) > header.rfind(end) or text.lstrip().startswith(start)
+        # A closed block in the prompt means an answer without thinking, which may well speak of the marks.
+        if not opened and (end in header or end not in text):
+            return self._all_answer(token_ids)
         if end in text:
             return self._divided(token_ids, text)
-        opened = header.rfind(start) > header.rfind(end) or text.lstrip().startswith(start)
-        if not opened:
-            return self._all_answer(token_ids)
         return ThinkingSpan(
             num_tokens=len(token_ids),
             end_position=None,
@@ -110,7 +111,8 @@ class ThinkingReader:
 
     def _thinking_text(self, raw: str) -> str:
         start, end = self.marks
-        text = raw.split(end)[0].replace(start, "")
+        # gpt-oss ends the message of its thinking, then opens that of its answer with a header.
+        text = raw.split(end)[0].split("<|end|>")[0].replace(start, "")
         for token in self.tokenizer.all_special_tokens:
             text = text.replace(token, "")
         return text.strip()

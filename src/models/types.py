@@ -47,6 +47,6 @@ class GenerationResult:
     top_k_mass: tuple[float, ...]
     """Per generated token: probability of the k likeliest tokens together."""
     finish_reason: str
-    """`stop` (an end-of-sequence token) or `length` (max_tokens or the context's end)."""
+    """`stop` (an end-of-sequence token), `length` (max_tokens or the context's end) or `context` (no room to begin)."""
     captures: dict[str, Any] = field(default_factory=dict)
     """Hidden states that were asked for, by name."""

@@ -51,6 +51,16 @@ class Results:
                 self.rows[str(row["id"])] = row
         self._writer = JsonlWriter(self.path)
 
+    def refuse_other_prompts(self, tasks: Sequence[Task]) -> None:
+        """Raises InputError where a row answers another prompt than its task asks: their source has changed."""
+        for task in tasks:
+            row = self.rows.get(task.row_id(0))
+            if row is not None and row["prompt"] != task.prompt.text:
+                raise InputError(
+                    f"{self.path}: the row of prompt {task.prompt.id!r} answers {str(row['prompt'])[:60]!r}, "
+                    f"and the prompt is now {task.prompt.text[:60]!r}; choose another --output_dir"
+                )
+
     def add(self, row: Row) -> None:
         row = round_fields(row, MEASURED_FIELDS)
         self._writer.write(row)
@@ -67,6 +77,11 @@ class Results:
 def all_row_ids(tasks: Sequence[Task], follow_ups: Sequence[Prompt]) -> list[str]:
     """Ids of all rows in task order, the turns of a conversation together."""
     return [task.row_id(turn) for task in tasks for turn in range(len(follow_ups) + 1)]
+
+
+def unanswered(row_id: str) -> GenerationResult:
+    """The result of a turn for which the context has no room."""
+    return GenerationResult(id=row_id, token_ids=(), text="", entropy=(), top_k_mass=(), finish_reason="context")
 
 
 class Conversations:
@@ -93,13 +108,12 @@ class Conversations:
         """
         Ask everything that `results` does not hold yet.
 
-        Raises InputError when a prompt fills the model's context; nothing of its turn is generated then.
+        A conversation that has grown to the model's context gets a row without an answer, its finish_reason `context`.
+        Raises InputError when a prompt alone fills it; nothing is generated then.
         """
         for turn in range(len(self.follow_ups) + 1):
             open_tasks = [task for task in self.tasks if task.row_id(turn) not in results.rows]
-            prompts = [self._rendered(task, turn, results) for task in open_tasks]
-            requests = [self._request(task, turn, prompt) for task, prompt in zip(open_tasks, prompts, strict=True)]
-            asked = dict(zip((r.id for r in requests), zip(open_tasks, prompts, strict=True), strict=True))
+            asked = {task.row_id(turn): (task, self._rendered(task, turn, results)) for task in open_tasks}
 
             def note(result: GenerationResult, turn: int = turn, asked: dict = asked) -> None:
                 task, prompt = asked[result.id]
@@ -108,6 +122,12 @@ class Conversations:
                 results.add(self._row(task, turn, prompt, result))
                 on_row()
 
+            requests = []
+            for row_id, (_, prompt) in asked.items():
+                if self._fills_context(prompt):
+                    note(unanswered(row_id))
+                else:
+                    requests.append(self._request(row_id, prompt))
             self.engine.generate(
                 requests,
                 on_result=note,
@@ -129,16 +149,19 @@ class Conversations:
             ]
         messages.append({"role": "user", "content": self._question(task, turn)})
         prompt = self.renderer.render(messages, task.persona.persona, task.persona.article)
-        limit = self.engine.context_length
-        if limit and len(prompt.token_ids) >= limit:
+        if turn == 0 and self._fills_context(prompt):
             raise InputError(
-                f"{self.config.prompts_json}: prompt {task.prompt.id!r} as {task.persona.persona!r}, turn {turn}: "
-                f"{len(prompt.token_ids)} tokens, and the model's context is {limit}; shorten or leave out this prompt"
+                f"{self.config.prompts_json}: prompt {task.prompt.id!r} as {task.persona.persona!r} has "
+                f"{len(prompt.token_ids)} tokens, and the model's context is {self.engine.context_length}; "
+                f"shorten or leave out this prompt"
             )
         return prompt
 
-    def _request(self, task: Task, turn: int, prompt: RenderedPrompt) -> GenerationRequest:
-        row_id = task.row_id(turn)
+    def _fills_context(self, prompt: RenderedPrompt) -> bool:
+        limit = self.engine.context_length
+        return limit is not None and len(prompt.token_ids) >= limit
+
+    def _request(self, row_id: str, prompt: RenderedPrompt) -> GenerationRequest:
         return GenerationRequest(
             id=row_id,
             token_ids=prompt.token_ids,

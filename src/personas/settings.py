@@ -7,6 +7,7 @@ from src.common.errors import InputError
 from src.common.experiment_config import WorkerConfigBase
 from src.common.model_config import ModelConfigBase
 from src.common.settings import setting
+from src.common.system_prompts import check_style
 
 AT_LEAST_ONE = ("num_tasks", "num_personae", "n_reps", "max_tokens", "batch_size", "top_k_mass_k")
 
@@ -41,9 +42,9 @@ class PersonaSettings(ModelConfigBase, WorkerConfigBase):
     """Jinja file used instead of the model's own chat template, or `plain` for a base model that has none."""
     turns: Path | None = None
     """Follow-up questions, asked one after another of the same persona; a file as for --prompts_json."""
-    num_tasks: int | None = setting(None, affects_rows=False)
+    num_tasks: int | None = setting(None, affects_rows=False, affects_shares=True)
     """Only the first N prompts."""
-    num_personae: int | None = setting(None, affects_rows=False)
+    num_personae: int | None = setting(None, affects_rows=False, affects_shares=True)
     """Only the first N personas, after --categories."""
     categories: list[str] | None = None
     """Only personas of these categories."""
@@ -56,5 +57,8 @@ class PersonaSettings(ModelConfigBase, WorkerConfigBase):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name} {value}: expected at least 1")
+        if self.categories is not None and not self.categories:
+            raise InputError("--categories is empty; expected at least one category, or leave it out for all")
+        check_style(self.system_prompt_style)
         if not 0 <= self.temperature < float("inf"):
             raise InputError(f"--temperature {self.temperature}: expected 0 or a positive number")
