@@ -47,17 +47,18 @@ def report(folder: Path) -> str:
     run, provenance = read_run(folder)
     settings = run["config"]
     title = " · ".join(str(part) for part in (run["command"], settings.get("model_id"), folder) if part)
-    sections = [("Settings", facts(settings))]
-    if (folder / DONE).exists():
-        done = read_json(folder / DONE)
-        sections.append(("Files", table([{"file": name} | about for name, about in done["files"].items()])))
-    else:
-        sections.append(("Files", text_block("The run has not finished; what follows is what there is so far.")))
+    sections = []
+    if not (folder / DONE).exists():
+        sections.append(("Unfinished", text_block("The run has not finished; what follows is what there is so far.")))
     if (folder / SUMMARY).exists():
         sections += summary_sections(read_json(folder / SUMMARY))
     if (folder / ROWS).exists():
         rows = [row for _, row in islice(read_jsonl(folder / ROWS, in_progress=True), MOST_ROWS)]
         sections.append((f"Rows (the first {len(rows)})", table(rows)))
+    sections.append(("Settings", facts(settings)))
+    if (folder / DONE).exists():
+        done = read_json(folder / DONE)
+        sections.append(("Files", table([{"file": name} | about for name, about in done["files"].items()])))
     sections.append(("Provenance", text_block(encode_json(provenance, indent=2))))
     return page(title, sections)
 
