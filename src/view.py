@@ -80,7 +80,8 @@ def summary_sections(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _summary_rows(names: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for name, measures in names.items():
-        for measure, numbers in measures.items():
+        present = {measure: numbers for measure, numbers in measures.items() if numbers is not None}
+        for measure, numbers in present.items():
             values = numbers if isinstance(numbers, dict) else {"value": numbers}
             rows.append({"name": name, "measure": measure} | values)
     return rows

@@ -4,15 +4,14 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from src.common.errors import InputError
 from src.common.system_prompts import system_prompt
 from src.models.chat_format import PersonaRenderer, with_chat_template
+from tests.chat_tokenizers import KINDS, family_tokenizer
 
 TEXTS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=40).filter(str.strip)
-CORPUS = ["You are Hamlet. What is rain? The assistant says hello, user and model.", "Why? Because. <s> </s>"] * 9
 LLAMA_LIKE = (
     "{{ bos_token }}{% for m in messages %}<|{{ '' }}start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
@@ -49,7 +48,7 @@ def test_any_text_is_rendered_as_it_is(renderer, tokenizer, persona, question, a
             f"<|im_start|>system\nYou are {persona}.<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n"
             f"<|im_start|>{persona}\n{answer}<|im_end|>\n<|im_start|>user\n{again}<|im_end|>\n<|im_start|>{persona}\n"
         )
-        or persona.lower() == "assistant"
+        or persona == "assistant"
     )
     assert list(rendered.token_ids) == tokenizer(rendered.text, add_special_tokens=False)["input_ids"]
     assert len(special_ids(tokenizer, rendered.token_ids)) == 9
@@ -100,6 +99,7 @@ def test_the_style_none_leaves_the_stock_system_prompt(tokenizer) -> None:
         ("an", "none", None),
         ("an", "Be {persona}, {article} {persona}!", "Be owl, an owl!"),
         ("", "Be {article} {persona}!", "Be owl!"),
+        (" None ", "{article} {persona}, not {article} other", "owl, not other"),
     ],
 )
 def test_system_prompt_styles(article: str, style: str, expected: str | None) -> None:
@@ -152,12 +152,14 @@ def tokenizer_folder(bundled_folder: Path) -> Path:
     [
         ("{% for m in messages %}[INST]{{ m.content }}[/INST]{% endfor %}", "does not exist"),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant, "
-         "assistant:{% endif %}", "several words"),
+         "assistant:{% endif %}", "2 times"),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:", "does not exist"),
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
-         "before an earlier answer"),
+         "where an answer begins"),
         ("{{ messages[-1].content }}{% if add_generation_prompt %}assistant:{% endif %}", "drops or doubles"),
         ("{% if add_generation_prompt %}assistant:{% endif %}", "does not write a user's message"),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant "
+         "name=Max{% endif %}", r"several words \(assistant, name, Max\)"),
     ],
 )  # fmt: skip
 def test_a_header_that_cannot_be_proven_is_refused(bundled_folder: Path, template: str, words: str) -> None:
@@ -179,47 +181,193 @@ def test_a_template_that_changes_the_text_is_refused_when_it_happens(bundled_fol
         renderer.render(user("a cat"), "Hamlet", "")
 
 
-def made_tokenizer(kind: str, adds_bos: bool) -> PreTrainedTokenizerFast:
-    """A byte-level BPE like Llama 3's, or a metaspace Unigram like Llama 2's, with or without a BOS of its own."""
-    special = ["<s>", "</s>", "<unk>", "<|start|>", "<|end|>"]
-    if kind == "bytes":
-        made = Tokenizer(models.BPE())
-        made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
-    else:
-        made = Tokenizer(models.Unigram())
-        made.normalizer = normalizers.Sequence([])
-        made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(prepend_scheme="first"), decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=special, unk_token="<unk>")
-    made.train_from_iterator(CORPUS, trainer)
-    made.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in special])
-    if adds_bos:
-        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+TURNS = [
+    *user("Q1"),
+    {"role": "assistant", "content": "A1"},
+    *user("Q2"),
+    {"role": "assistant", "content": "A2"},
+    *user("Q3"),
+]
 
 
-@pytest.mark.parametrize("kind", ["bytes", "metaspace"])
+def speaking(bundled_folder: Path, template: str) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(bundled_folder)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def by_role(user: str, assistant: str, generation: str, end: str = "") -> str:
+    """A template that writes user and assistant turns with these openings."""
+    return (
+        "{% for m in messages %}{{ '" + user + "' if m.role == 'user' else '" + assistant + "' }}{{ m.content }}"
+        "{{ '" + end + "' }}{% endfor %}{% if add_generation_prompt %}{{ '" + generation + "' }}{% endif %}"
+    )
+
+
+@pytest.mark.parametrize(
+    "template, rendered",
+    [
+        (by_role("GPT4 Correct User: ", "GPT4 Correct Assistant: ", "GPT4 Correct Assistant:", "\\n"),
+         "GPT4 Correct User: Q1\nGPT4 Correct Hamlet: A1\nGPT4 Correct User: Q2\nGPT4 Correct Hamlet: A2\n"
+         "GPT4 Correct User: Q3\nGPT4 Correct Hamlet:"),
+        (by_role("### Instruction:\\n", "\\n### Response:\\n", "\\n### Response:\\n", "\\n"),
+         "### Instruction:\nQ1\n\n### Response:\nA1\n### Instruction:\nQ2\n\n### Response:\nA2\n"
+         "### Instruction:\nQ3\n\n### Response:\n"),
+        (by_role("<|user|>", "<|assistant|>", "<|assistant|><think>", "<|im_end|>"),
+         "<|user|>Q1<|im_end|><|Hamlet|>A1<|im_end|><|user|>Q2<|im_end|><|Hamlet|>A2<|im_end|><|user|>Q3<|im_end|>"
+         "<|Hamlet|><think>"),
+    ],
+)  # fmt: skip
+def test_the_role_word_is_what_tells_the_assistant_from_the_user(bundled_folder: Path, template, rendered) -> None:
+    renderer = PersonaRenderer(speaking(bundled_folder, template), "header")
+    assert renderer.render(TURNS, "Hamlet").text == rendered.replace("Response", "Hamlet")
+
+
+def test_a_header_that_shares_its_first_letters_with_the_end_of_a_text(bundled_folder: Path) -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<|im_end|>{% endif %}"
+    )
+    rendered = PersonaRenderer(speaking(bundled_folder, template), "header").render("Hi", "Hamlet")
+    assert rendered.text == "<|im_start|>user\nHi<|im_end|><|im_start|>Hamlet\n"
+
+
+# It writes the system text before the user's last message, as Mistral's does, and knows no role words.
+MISTRAL_LIKE = (
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set messages = messages[1:] %}"
+    "{% endif %}<s>{% for m in messages %}{% if m.role == 'user' %}[INST] "
+    "{% if loop.last and system is defined %}{{ system + '\n\n' }}{% endif %}{{ m.content }}[/INST]"
+    "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+)
+
+
+def test_a_system_text_may_stand_anywhere(bundled_folder: Path) -> None:
+    tokenizer = speaking(bundled_folder, MISTRAL_LIKE)
+    rendered = PersonaRenderer(tokenizer, "system").render(TURNS, "Hamlet")
+    assert rendered.text == "<s>[INST] Q1[/INST]A1</s>[INST] Q2[/INST]A2</s>[INST] You are Hamlet.\n\nQ3[/INST]"
+    with pytest.raises(InputError, match=r"role word .* does not exist.*--persona_mode system"):
+        PersonaRenderer(tokenizer, "both")
+
+
+DROPS_SYSTEM = (
+    "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+)
+RAISES_ON_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + DROPS_SYSTEM
+GENERATION = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+@pytest.mark.parametrize("template", [DROPS_SYSTEM, RAISES_ON_SYSTEM])
+def test_a_system_text_that_is_dropped_or_refused_is_folded(bundled_folder: Path, template: str) -> None:
+    renderer = PersonaRenderer(speaking(bundled_folder, template + GENERATION))
+    rendered = renderer.render([{"role": "system", "content": "Be brief."}, *user("Hi")], "Hamlet")
+    assert rendered.persona_applied == "header+folded"
+    assert rendered.system_prompt == "You are Hamlet.\n\nBe brief."
+    assert rendered.text == ("<|im_start|>user\nYou are Hamlet.\n\nBe brief.\n\nHi<|im_end|><|im_start|>Hamlet\n")
+    assert renderer.render([{"role": "system", "content": "Be brief."}, *user("Hi")]).persona_applied == "none"
+
+
+def test_without_a_persona_it_is_the_stock_render(renderer, tokenizer) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, *TURNS]
+    rendered = renderer.render(messages)
+    assert rendered.text == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert (rendered.persona_applied, rendered.system_prompt) == ("none", "Be brief.")
+
+
+@pytest.mark.parametrize("persona, headed", [("assistant", "assistant"), ("Assistant", "Assistant"), ("user", "user")])
+def test_only_the_persona_assistant_is_the_stock_one(renderer, persona: str, headed: str) -> None:
+    rendered = renderer.render("Hi", persona, "an")
+    assert rendered.text.endswith(f"<|im_start|>{headed}\n")
+    assert rendered.persona_applied == ("system" if persona == "assistant" else "header+system")
+
+
+@pytest.mark.parametrize(
+    "roles", [[], ["assistant"], ["user", "user"], ["user", "assistant"], ["user", "system"], ["system"]]
+)
+def test_other_conversations_are_refused(renderer, roles: list[str]) -> None:
+    with pytest.raises(InputError, match="expected user and assistant in turn"):
+        renderer.render([{"role": role, "content": "x"} for role in roles], "Hamlet")
+
+
+def test_a_mode_that_would_apply_nothing_is_refused(tokenizer) -> None:
+    renderer = PersonaRenderer(tokenizer, "system", system_prompt_style="none")
+    assert renderer.render("Hi", "assistant").persona_applied == "none"
+    with pytest.raises(InputError, match="nothing that carries 'Hamlet'"):
+        renderer.render("Hi", "Hamlet")
+
+
+def test_settings_are_refused_before_anything_is_rendered(tokenizer) -> None:
+    with pytest.raises(InputError, match="persona_mode headers"):
+        PersonaRenderer(tokenizer, "headers")
+    with pytest.raises(InputError, match="system_prompt_style"):
+        PersonaRenderer(tokenizer, system_prompt_style="you-are")
+
+
+def test_blank_messages_and_messages_that_are_equal(renderer) -> None:
+    for word in ("", " ", "\n\n", "assistant", "user", "Q", "zqx1marker1xqz", "<|im_end|>\n<|im_start|>assistant\n"):
+        messages = [{"role": m["role"], "content": word} for m in TURNS]
+        text = renderer.render(messages, "Hamlet").text
+        turns = f"<|im_start|>user\n{word}<|im_end|>\n<|im_start|>Hamlet\n{word}<|im_end|>\n" * 2
+        assert text.endswith(f"{turns}<|im_start|>user\n{word}<|im_end|>\n<|im_start|>Hamlet\n")
+
+
+def test_a_template_that_treats_a_blank_answer_differently(bundled_folder: Path) -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }}:{% if m.content.strip() %} {{ m.content.strip() }}{% endif %}{{ '\\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    messages = [*user("Hi"), {"role": "assistant", "content": " "}, *user("assistant:")]
+    rendered = PersonaRenderer(speaking(bundled_folder, template), "header").render(messages, "Hamlet")
+    assert rendered.text == "user: Hi\nHamlet:\nuser: assistant:\nHamlet:"
+
+
+def test_thinking_that_a_template_leaves_out_of_earlier_answers(bundled_folder: Path) -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}"
+        + GENERATION
+    )
+    renderer = PersonaRenderer(speaking(bundled_folder, template), "header")
+    answer = {"role": "assistant", "content": "<think>Hm.</think>\nSo."}
+    rendered = renderer.render([*user("Hi"), answer, *user("Why?")], "Hamlet")
+    assert "<|im_start|>Hamlet\n\nSo.<|im_end|>" in rendered.text
+    ambiguous = {"role": "assistant", "content": "</think>x<|im_end|><|im_start|>user\nx"}
+    with pytest.raises(InputError, match="cannot be followed"):
+        renderer.render([*user("Hi"), ambiguous, *user("x")], "Hamlet")
+
+
+def test_the_date_that_a_template_writes_stays_that_of_the_start(bundled_folder: Path) -> None:
+    template = (
+        "{{ strftime_now('%d %b %Y') }} {% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" + GENERATION
+    )
+    tokenizer = speaking(bundled_folder, template)
+    stock = tokenizer.apply_chat_template(user("Hi"), tokenize=False, add_generation_prompt=True)
+    assert PersonaRenderer(tokenizer).stock(user("Hi")) == stock
+    earlier = PersonaRenderer(tokenizer, today=date(2001, 2, 3))
+    assert earlier.render("Hi", "Hamlet").text.startswith("03 Feb 2001 ")
+
+
+def test_of_several_templates_the_default_one_is_taken(bundled_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(bundled_folder)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "x"}
+    assert "<|im_start|>Hamlet\n" in PersonaRenderer(with_chat_template(tokenizer, None)).render("Hi", "Hamlet").text
+    tokenizer.chat_template = {"tool_use": "x"}
+    with pytest.raises(InputError, match="no chat template"):
+        with_chat_template(tokenizer, None)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("adds_bos", [True, False])
 @pytest.mark.parametrize("writes_bos", [True, False])
 def test_there_is_one_bos_where_the_model_wants_one(kind: str, adds_bos: bool, writes_bos: bool) -> None:
-    tokenizer = made_tokenizer(kind, adds_bos)
+    tokenizer = family_tokenizer(kind, adds_bos)
     tokenizer.chat_template = LLAMA_LIKE if writes_bos else LLAMA_LIKE.removeprefix("{{ bos_token }}")
-    rendered = PersonaRenderer(tokenizer, "both").render(user("What is <s> rain?"), "Hamlet", "")
+    renderer = PersonaRenderer(tokenizer)
+    rendered = renderer.render("What is <s> rain?", "Hamlet")
     assert rendered.token_ids.count(tokenizer.bos_token_id) == (1 if adds_bos or writes_bos else 0)
-    if adds_bos or writes_bos:
-        assert rendered.token_ids[0] == tokenizer.bos_token_id
-    plain = PersonaRenderer(tokenizer, "both").render(user("What is rain?"), "Hamlet", "")
+    assert (rendered.token_ids[0] == tokenizer.bos_token_id) == (adds_bos or writes_bos)
+    plain = renderer.render("What is rain?", "Hamlet")
     whole = tokenizer(plain.text, add_special_tokens=False)["input_ids"]
-    assert list(plain.token_ids) == ([0] if adds_bos and not writes_bos else []) + whole
-
-
-def test_the_date_is_the_one_that_is_given(bundled_folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(bundled_folder)
-    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} " + tokenizer.chat_template
-    for day in (1, 28):
-        rendered = PersonaRenderer(tokenizer, "header", today=date(2026, 2, day)).render(user("Hi"), "Hamlet", "")
-        assert rendered.text.startswith(f"{day:02d} Feb 2026 <|im_start|>")
+    assert list(plain.token_ids) == ([tokenizer.bos_token_id] if adds_bos and not writes_bos else []) + whole
 
 
 @pytest.mark.parametrize("name", ["enable_thinking", "thinking"])
@@ -227,33 +375,21 @@ def test_the_date_is_the_one_that_is_given(bundled_folder: Path) -> None:
 def test_thinking_is_asked_for_under_each_name(bundled_folder: Path, name: str, wanted: bool) -> None:
     tokenizer = AutoTokenizer.from_pretrained(bundled_folder)
     tokenizer.chat_template = tokenizer.chat_template + f"{{% if {name} %}}<think>{{% endif %}}"
-    rendered = PersonaRenderer(tokenizer, "system", thinking=wanted).render(user("Hi"), "Hamlet", "")
+    rendered = PersonaRenderer(tokenizer, "system", thinking=wanted).render("Hi", "Hamlet")
     assert rendered.text.endswith("<think>") == wanted
 
 
-def test_another_case_of_the_role_word_is_another_persona(renderer) -> None:
-    assert "<|im_start|>Assistant\n" in renderer.render(user("Hi"), "Assistant", "an").text
-    assert "<|im_start|>assistant\n" in renderer.render(user("Hi"), "assistant", "an").text
-
-
 def test_a_thinking_mark_is_never_taken_for_the_role(bundled_folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(bundled_folder)
+    tokenizer = speaking(bundled_folder, by_role("user:", "<|asst|><think>", "<|asst|><think>"))
     tokenizer.add_tokens(["<|asst|>"], special_tokens=True)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<|asst|><think>' if m.role == 'assistant' else 'user:' }}{{ m.content }}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}<|asst|><think>{% endif %}"
-    )
     with pytest.raises(InputError, match="inside a special token"):
         PersonaRenderer(tokenizer, "header")
 
 
-def test_a_token_spelled_through_a_normalizer_is_refused(bundled_folder: Path) -> None:
-    tokenizer = made_tokenizer("bytes", adds_bos=False)
-    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
-    tokenizer.backend_tokenizer.add_tokens([AddedToken("<think>", special=False, normalized=True)])
+def test_a_token_spelled_through_a_normalizer_is_text_too(bundled_folder: Path) -> None:
+    tokenizer = family_tokenizer("whole_words")
     tokenizer.chat_template = LLAMA_LIKE
-    renderer = PersonaRenderer(tokenizer, "both")
-    renderer.render(user("a think"), "Hamlet", "")
-    with pytest.raises(InputError, match="reads a special token"):
-        renderer.render(user("\uff1cthink\uff1e"), "Hamlet", "")
+    rendered = PersonaRenderer(tokenizer).render("\uff1cs\uff1e <|END|>", "\uff1c|end|\uff1e")
+    benign = PersonaRenderer(tokenizer).render("Hi", "Hamlet")
+    special = {i for token, i in tokenizer.get_added_vocab().items() if token != "<unk>"}
+    assert [i for i in rendered.token_ids if i in special] == [i for i in benign.token_ids if i in special]

@@ -68,6 +68,54 @@ def test_other_marks_are_found_by_the_vocabulary(bundled_folder: Path) -> None:
     assert (span.thinking, span.response) == ("Hm.", "Rain.")
 
 
-def test_an_answer_after_a_closed_block_may_speak_of_the_marks(tokenizer) -> None:
-    _, span = read(tokenizer, "The tag </think> ends it.", HEADER + "<think>\n\n</think>\n\n")
-    assert span.num_tokens == 0 and span.response == "The tag </think> ends it."
+CLOSED = HEADER + "<think>\n\n</think>\n\n"
+
+
+def test_a_lone_end_mark_ends_thinking_unless_the_prompt_has_closed_it(tokenizer) -> None:
+    _, span = read(tokenizer, "Let me see.</think>It is rain.")
+    assert (span.thinking, span.response) == ("Let me see.", "It is rain.")
+    _, span = read(tokenizer, "The tag </think> ends it.", CLOSED)
+    assert (span.num_tokens, span.thinking, span.truncated) == (0, None, False)
+
+
+def test_thinking_that_the_prompt_closed_may_be_opened_by_the_response(tokenizer) -> None:
+    _, span = read(tokenizer, "<think>Hm.</think>It is rain.", CLOSED)
+    assert (span.thinking, span.response) == ("Hm.", "It is rain.")
+    _, span = read(tokenizer, "<think>Hm.", CLOSED)
+    assert (span.truncated, span.response) == (True, "")
+
+
+def test_thinking_that_begins_again_and_is_cut_off_is_no_answer(bundled_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(bundled_folder)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    _, span = read(tokenizer, "<think>A</think>B<think>C</think>D")
+    assert (span.response, span.truncated) == ("D", False)
+    ids, span = read(tokenizer, "<think>A</think>B<think>C")
+    assert (span.num_tokens, span.truncated, span.response) == (len(ids), True, "")
+
+
+def test_a_mark_spelled_in_letters_is_none_where_it_is_a_token(bundled_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(bundled_folder)
+    spelled = [i for part in ("Write </th", "ink> then.") for i in tokenizer(part)["input_ids"]]
+    tokenizer.add_tokens(["<think>", "</think>"])
+    span = ThinkingReader(tokenizer).read(spelled, HEADER)
+    assert (span.num_tokens, span.response) == (0, "Write </think> then.")
+
+
+def test_a_mark_named_late_in_an_answer_opens_nothing_where_it_is_text(bundled_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(bundled_folder)
+    tokenizer.chat_template = TEMPLATE
+    _, span = read(tokenizer, "Models write <think> first.")
+    assert (span.num_tokens, span.response) == (0, "Models write <think> first.")
+
+
+def test_channels(bundled_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(bundled_folder)
+    tokenizer.add_tokens(["<|start|>", "<|channel|>", "<|message|>", "<|end|>"], special_tokens=True)
+    tokenizer.chat_template = {"default": "<|channel|>analysis<|message|> <|channel|>final<|message|>"}
+    thought = "<|channel|>analysis<|message|>Let me see.<|end|>"
+    ids, span = read(tokenizer, f"{thought}<|start|>Prince Hamlet<|channel|>final<|message|>It is rain.", "<|start|>x")
+    assert (span.thinking, span.response, span.truncated) == ("Let me see.", "It is rain.", False)
+    assert tokenizer.decode(ids[: span.num_tokens]).endswith("<|channel|>final<|message|>")
+    _, span = read(tokenizer, thought, "<|start|>x")
+    assert (span.thinking, span.response, span.truncated) == ("Let me see.", "", True)

@@ -1,5 +1,6 @@
 """Where an answer's thinking ends, by the marks that the model's own tokenizer and template know."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,7 +37,12 @@ class ThinkingSpan:
 
 
 class ThinkingReader:
-    """Divides responses of one model. Models that know no marks never think."""
+    """
+    Divides responses of one model. Models that know no marks never think.
+
+    Where a mark is one token of the tokenizer only that token counts; other marks are looked for in the text, and there
+    a start mark counts at the response's beginning only.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -44,63 +50,78 @@ class ThinkingReader:
     @cached_property
     def marks(self) -> tuple[str, str] | None:
         """The (start, end) that this tokenizer has as tokens or its template writes; None when it knows none."""
-        known = set(self.tokenizer.get_added_vocab())
         template = self.tokenizer.chat_template or ""
+        if isinstance(template, dict):
+            template = template.get("default", "")
         for start, end in MARKS:
-            if end in known or end in template:
+            if end in self._added or end in template:
                 return start, end
         return None
 
     def read(self, token_ids: Sequence[int], header: str) -> ThinkingSpan:
         """
-        Divide one response. header: what the prompt ends with, which for some templates already opens the thinking.
+        Divide one response. header: what the prompt ends with, which for some templates already opens the thinking,
+        and for others opens and closes it: an end mark without a start mark is then part of the answer.
 
-        Without an end mark a response is all thinking when thinking was opened, by the prompt or by the response, and
-        all answer when it was not.
+        A response is thinking up to the last end mark that closes something, and all of it when thinking that the
+        prompt or the response opened is not closed. Without marks it is all answer.
         """
         if self.marks is None:
-            return self._all_answer(token_ids)
+            return self._span(token_ids, 0)
         start, end = self.marks
-        text = self._raw(token_ids)
-        opened = header.rfind(start) > header.rfind(end) or text.lstrip().startswith(start)
-        # A closed block in the prompt means an answer without thinking, which may well speak of the marks.
-        if not opened and (end in header or end not in text):
-            return self._all_answer(token_ids)
-        if end in text:
-            return self._divided(token_ids, text)
-        return ThinkingSpan(
-            num_tokens=len(token_ids),
-            end_position=None,
-            truncated=True,
-            thinking=self._thinking_text(text),
-            response="",
-        )
+        open_at, closed_at = header.rfind(start), header.rfind(end)
+        done = 0
+        inside = open_at > closed_at
+        if not inside and closed_at < 0:
+            # Models trained to think without a start mark write the end mark alone.
+            first_start, first_end = self._after(token_ids, start, 0), self._after(token_ids, end, 0)
+            if first_end and (first_start is None or first_end < first_start):
+                done = first_end
+        while True:
+            begun = done if inside else self._after_start(token_ids, done)
+            if begun is None:
+                return self._span(token_ids, done)
+            ended = self._after(token_ids, end, begun)
+            if ended is None:
+                return self._span(token_ids, len(token_ids), truncated=True)
+            done, inside = ended, False
 
-    def _divided(self, token_ids: Sequence[int], text: str) -> ThinkingSpan:
-        position = self._end_position(token_ids)
-        return ThinkingSpan(
-            num_tokens=position + 1,
-            end_position=position,
-            truncated=False,
-            thinking=self._thinking_text(text),
-            response=self._text(token_ids[position + 1 :]).lstrip("\n"),
-        )
+    @cached_property
+    def _added(self) -> dict[str, int]:
+        return self.tokenizer.get_added_vocab()
 
-    def _end_position(self, token_ids: Sequence[int]) -> int:
-        # A tokenizer without the mark as a token spells it in several, so the text decides. A longer prefix never
-        # loses the mark again, hence the bisection.
-        low, high = 0, len(token_ids) - 1
+    def _after_start(self, token_ids: Sequence[int], begin: int) -> int | None:
+        start = self.marks[0]
+        if start not in self._added and (begin > 0 or not self._raw(token_ids).lstrip().startswith(start)):
+            return None
+        return self._after(token_ids, start, begin)
+
+    def _after(self, token_ids: Sequence[int], mark: str, begin: int) -> int | None:
+        """Number of leading tokens up to and with the first `mark` at or after index `begin`; None without one."""
+        if mark in self._added:
+            places = (i + 1 for i in range(begin, len(token_ids)) if token_ids[i] == self._added[mark])
+            return next(places, None)
+        if mark not in self._raw(token_ids[begin:]):
+            return None
+        # A longer prefix never loses the mark again, hence the bisection.
+        low, high = begin + 1, len(token_ids)
         while low < high:
             middle = (low + high) // 2
-            if self.marks[1] in self._raw(token_ids[: middle + 1]):
+            if mark in self._raw(token_ids[begin:middle]):
                 high = middle
             else:
                 low = middle + 1
         return low
 
-    def _all_answer(self, token_ids: Sequence[int]) -> ThinkingSpan:
+    def _span(self, token_ids: Sequence[int], n: int, truncated: bool = False) -> ThinkingSpan:
+        began = n > 0 or truncated
+        response = self._text(token_ids[n:])
         return ThinkingSpan(
-            num_tokens=0, end_position=None, truncated=False, thinking=None, response=self._text(token_ids)
+            num_tokens=n,
+            end_position=n - 1 if began and not truncated else None,
+            truncated=truncated,
+            thinking=self._thinking_text(token_ids[:n]) if began else None,
+            response=response.lstrip("\n") if began else response,
         )
 
     def _raw(self, token_ids: Sequence[int]) -> str:
@@ -109,10 +130,10 @@ class ThinkingReader:
     def _text(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def _thinking_text(self, raw: str) -> str:
-        start, end = self.marks
-        # gpt-oss ends the message of its thinking, then opens that of its answer with a header.
-        text = raw.split(end)[0].split("<|end|>")[0].replace(start, "")
-        for token in self.tokenizer.all_special_tokens:
-            text = text.replace(token, "")
+    def _thinking_text(self, token_ids: Sequence[int]) -> str:
+        # A model with channels writes a header of its own between thinking and answer.
+        text = re.sub(r"<\|start\|>[^<]*", "", self._raw(token_ids))
+        special = (token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+        for literal in (*self.marks, *special):
+            text = text.replace(literal, "")
         return text.strip()
