@@ -106,7 +106,7 @@ def test_blank_answers_carry_the_persona_too(named, renderer, blank: str) -> Non
 
 
 def test_no_text_becomes_a_token_of_the_template(named, renderer) -> None:
-    name, tokenizer = named
+    _, tokenizer = named
     # Marks of thinking have a test of their own: some templates take them out of earlier answers.
     literals = [t for t in tokenizer.get_added_vocab() if not any(mark in t for mark in ("think", "hannel", "THINK"))]
     hostile = " ".join(["zqx1marker1xqz", *literals])

@@ -35,28 +35,38 @@ def rows(folder: Path) -> list[dict]:
 
 
 def kills(folder: Path, n_kills: int, seed: int) -> None:
-    """kill −9 at random moments from the start on, then resume: the same rows, none twice."""
+    """kill −9 at random moments, then resume: the same rows, none twice. What finishes first begins anew."""
     started = time.monotonic()
     run(words(folder / "whole", "--token_arrays"))
     whole_seconds = time.monotonic() - started
     draw = random.Random(seed)
-    counts = []
-    for _ in range(n_kills):
+    counts: list[list[int]] = [[]]
+    while sum(map(len, counts)) < n_kills:
+        target = folder / f"killed_{len(counts)}"
         process = subprocess.Popen(
-            words(folder / "killed", "--token_arrays"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            words(target, "--token_arrays"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        time.sleep(draw.uniform(0, whole_seconds))
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        path = folder / "killed" / "results.jsonl"
-        counts.append(path.read_bytes().count(b"\n") if path.exists() else 0)
-    run(words(folder / "killed", "--token_arrays"))
-    whole, killed = rows(folder / "whole"), rows(folder / "killed")
-    same_ids = [r["id"] for r in whole] == [r["id"] for r in killed]
-    same_texts = sum(a["response"] == b["response"] for a, b in zip(whole, killed, strict=True))
-    largest = max(abs((a["avg_entropy"] or 0) - (b["avg_entropy"] or 0)) for a, b in zip(whole, killed, strict=True))
-    print(f"kills: rows after each of {n_kills} kills {counts}; resumed: ids and order equal {same_ids}, "
-          f"{same_texts} of {len(whole)} responses equal, largest difference of avg_entropy {largest:.1e}")  # fmt: skip
+        try:
+            process.wait(draw.uniform(0, whole_seconds))
+            counts.append([])
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            path = target / "results.jsonl"
+            counts[-1].append(path.read_bytes().count(b"\n") if path.exists() else 0)
+    run(words(folder / f"killed_{len(counts)}", "--token_arrays"))
+    whole = rows(folder / "whole")
+    for number, rows_at_kill in enumerate(counts, start=1):
+        killed = rows(folder / f"killed_{number}")
+        same_ids = [r["id"] for r in whole] == [r["id"] for r in killed]
+        same_texts = sum(a["response"] == b["response"] for a, b in zip(whole, killed, strict=True))
+        largest = max(
+            abs((a["avg_entropy"] or 0) - (b["avg_entropy"] or 0)) for a, b in zip(whole, killed, strict=True)
+        )
+        print(
+            f"kills: run {number}, rows at each kill {rows_at_kill}; resumed: ids and order equal {same_ids}, "
+            f"{same_texts} of {len(whole)} responses equal, largest difference of avg_entropy {largest:.1e}"
+        )
 
 
 def formats() -> None:
@@ -131,11 +141,16 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=("answers", "kills", "formats", "memory"))
     arguments = parser.parse_args()
-    answers(arguments.output_dir)
-    kills(arguments.output_dir, arguments.kills, arguments.seed)
-    formats()
-    memory(arguments.output_dir)
+    steps = {
+        "answers": lambda: answers(arguments.output_dir),
+        "kills": lambda: kills(arguments.output_dir, arguments.kills, arguments.seed),
+        "formats": formats,
+        "memory": lambda: memory(arguments.output_dir),
+    }
+    for name in arguments.only or steps:
+        steps[name]()
 
 
 if __name__ == "__main__":
