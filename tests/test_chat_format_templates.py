@@ -9,6 +9,8 @@ from src.models.chat_format import PersonaRenderer
 from tests.chat_templates import template_files, tokenizer_for
 
 TEMPLATES = template_files()
+QUICK = ("bundled", "gemma", "glm4moe", "gptoss", "llama3", "qwen3", "qwen3_5_think")
+"""One of each kind for the fast part of the suite; the slow part has them all."""
 # The assistant's role word is part of a special token, or there is no assistant header at all.
 REFUSED = {
     *("cohere", "cohere2", "deepseek_r1_distill", "deepseekv3", "glm4moe", "llava_next", "phi3", "phi3_5"),
@@ -23,7 +25,10 @@ LONG = [
 ]
 
 
-@pytest.fixture(scope="module", params=list(TEMPLATES))
+@pytest.fixture(
+    scope="module",
+    params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TEMPLATES],
+)
 def named(request: pytest.FixtureRequest, bundled_folder: Path):
     return request.param, tokenizer_for(TEMPLATES[request.param], bundled_folder)
 
