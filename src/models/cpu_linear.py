@@ -16,10 +16,10 @@ def packed_linears(model: nn.Module) -> Iterator[int]:
     """
     Within the context, float32 `nn.Linear` modules on the CPU compute through oneDNN; yields how many do.
 
-    PyTorch sends float32 products to MKL, which on AMD processors runs at a third of oneDNN's speed (measured by
-    scripts/benchmarks/personas.py). The packed copies live only as long as the context, so that a weight edited
-    between two generations is never stale; hooks on the modules run as before. Does nothing where oneDNN is missing,
-    under autograd, for modules with a forward of their own, or when memory is short.
+    PyTorch sends float32 products to MKL, which is slow on AMD processors (scripts/benchmarks/cpu_linear.py measures
+    how slow). The packed copies live only as long as the context, so that a weight edited between two generations is
+    never stale; hooks on the modules run as before. Does nothing where oneDNN is missing, under autograd, for modules
+    with a forward of their own, or when memory is short.
     """
     linears = [m for m in model.modules() if _packable(m)] if torch.backends.mkldnn.is_available() else []
     wanted = sum(m.weight.numel() * m.weight.element_size() for m in linears)
