@@ -106,7 +106,7 @@ def formats() -> None:
 
 
 def memory(folder: Path) -> None:
-    """Peak memory of 64 rows at 64 and at 384 tokens; scores of all rows, tokens and vocabulary would be 4.8 GB then."""
+    """Peak memory of 64 rows at 64 and at 384 tokens; the scores of all would be 4.8 GB then."""
     for n_tokens in ("64", "384"):
         target = folder / f"memory_{n_tokens}"
         more = ["--num_tasks", "8", "--num_personae", "8", "--batch_size", "256", "--max_tokens", n_tokens]
