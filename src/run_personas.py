@@ -28,16 +28,16 @@ class RunPersonasConfig(PersonaSettings):
 
 def main(config: RunPersonasConfig) -> None:
     from src.common.system_prompts import PLAIN, read_chat_template
+    from src.models.engine import choose_backend
     from src.models.hub import check_reference
     from src.personas.tasks import build_tasks
 
     # 1. Everything that can be wrong without a model.
-    if config.backend == "vllm":
-        raise InputError("--backend vllm: this version generates on transformers only; use --backend hf")
     prompts = read_prompts(config.prompts_json, config.num_tasks)
     personas = chosen_personas(config)
     follow_ups = read_prompts(config.turns) if config.turns else []
     check_reference(config.model_id, config.adapter_path)
+    choose_backend(config)
     if config.chat_template not in (None, PLAIN):
         read_chat_template(config.chat_template)
     tasks = config.own_tasks(build_tasks(personas, prompts, n_reps(config)))
@@ -83,24 +83,23 @@ def generate(config: RunPersonasConfig, run: Run, tasks: Sequence, follow_ups: l
 def ask(config: RunPersonasConfig, run: Run, tasks: Sequence, follow_ups: list[Prompt], results, arrays) -> None:
     """Load the model and run the conversations; every row is on disk as soon as it is there."""
     from src.models.chat_format import PersonaRenderer, with_chat_template
-    from src.models.language_model import LanguageModel
+    from src.models.engine import load_engine
     from src.personas.conversations import Conversations, all_row_ids
     from src.personas.progress import Progress
 
-    model = LanguageModel.load(config)
-    run.record(**model.facts)
-    tokenizer = with_chat_template(model.tokenizer, config.chat_template)
-    renderer = PersonaRenderer(
-        tokenizer,
-        config.persona_mode,
-        system_prompt_style=config.system_prompt_style,
-        thinking=config.thinking_mode,
-        today=run.first_started.date(),
-    )
-    conversations = Conversations(config, tasks, follow_ups, model, renderer)
-    row_ids = all_row_ids(tasks, follow_ups)
-    with Progress(total=len(row_ids), done=sum(row_id in results.rows for row_id in row_ids)) as progress:
-        conversations.run(results, arrays, progress.add_row, progress.add_tokens)
+    with load_engine(config, config.batch_size) as engine:
+        run.record(**engine.facts)
+        renderer = PersonaRenderer(
+            with_chat_template(engine.tokenizer, config.chat_template),
+            config.persona_mode,
+            system_prompt_style=config.system_prompt_style,
+            thinking=config.thinking_mode,
+            today=run.first_started.date(),
+        )
+        conversations = Conversations(config, tasks, follow_ups, engine, renderer)
+        row_ids = all_row_ids(tasks, follow_ups)
+        with Progress(total=len(row_ids), done=sum(row_id in results.rows for row_id in row_ids)) as progress:
+            conversations.run(results, arrays, progress.add_row, progress.add_tokens)
     run.record(tokens_generated=progress.tokens, tokens_per_second=round(progress.rate, 1))
 
 

@@ -5,10 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from src.models.vllm_engine import VLLMEngine
 
 # Side by side, processes with two threads each spend their time waiting for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -50,6 +54,20 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, bundled_folder: Path) 
     tiny_model("llama").save_pretrained(folder)
     AutoTokenizer.from_pretrained(bundled_folder).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def vllm_engine() -> Iterator["VLLMEngine"]:
+    """The bundled model in vLLM, float32, a context of 1024. One a process: two share vLLM's global state."""
+    from src.common.engine_config import EngineConfigBase
+    from src.models.vllm_engine import VLLMEngine
+
+    config = EngineConfigBase(
+        model_id="bundled:smollm2-135m", output_dir=Path("unused"), dtype="float32", device="cpu", max_model_len=1024,
+        kv_cache_gib=0.5,
+    )  # fmt: skip
+    with VLLMEngine.load(config) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,8 @@
 """Tiny random models of the real architectures, for tests: two to four layers, hidden size 32, seconds to make."""
 
+import shutil
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers import (
@@ -21,6 +24,7 @@ from transformers import (
 )
 
 VOCABULARY = 49152
+
 COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -76,3 +80,9 @@ def tiny_multimodal(seed: int = 0) -> nn.Module:
               "image_size": 28, "patch_size": 14}  # fmt: skip
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
     return AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+
+
+def copy_model(folder: Path, target: Path) -> Path:
+    """A copy of a model folder, to be changed."""
+    shutil.copytree(folder, target)
+    return target

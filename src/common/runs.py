@@ -36,8 +36,8 @@ from src.common.run_folder import (
 from src.common.settings import row_fields, to_json
 
 LOGGER = logging.getLogger(__name__)
-# Facts that results depend on but that no setting shows: weights can change under the same name.
-PINNED = ("model_fingerprint", "adapter_fingerprint", "format_fingerprint", "dtype")
+# Facts that results depend on but that no setting shows: weights can change under the same name, `auto` its choice.
+PINNED = ("model_fingerprint", "adapter_fingerprint", "format_fingerprint", "dtype", "backend")
 
 
 def start_run(config: RunConfigBase, command: str, inputs: Sequence[Path] = ()) -> "Run":
@@ -121,7 +121,7 @@ class Run:
     def record(self, **facts: Any) -> None:
         """
         Writes facts (JSON values) to provenance.json: with this session, or for the whole run what must not change
-        between sessions: `model_fingerprint`, `adapter_fingerprint`. Raises InputError where one of those did.
+        between sessions: those named in PINNED. Raises InputError where one of those did.
         """
         pinned = {name: value for name, value in facts.items() if name in PINNED}
         refuse_differences(self.folder, {name: self._provenance.get(name, facts[name]) for name in pinned}, pinned)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Self
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from src.common.model_config import ModelConfigBase
 from src.models import loading
 from src.models.cpu_linear import packed_linears
 from src.models.devices import FREE_MEMORY_SHARE, free_memory, is_out_of_memory
+from src.models.engine import Engine
 from src.models.generation import Row, decode_batch, needs_equal_lengths
 from src.models.types import GenerationRequest, GenerationResult
 
@@ -33,8 +35,8 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.facts = facts or {}
         """What provenance records: fingerprints, device, dtype."""
-        self.eos_ids = loading.eos_token_ids(model, tokenizer)
-        self.context_length = loading.context_length(model)
+        self.eos_ids = loading.eos_token_ids(model.config, getattr(model, "generation_config", None), tokenizer)
+        self.context_length = loading.context_length(model.config)
         if model.config.model_type in STATE_IN_MODULES:
             raise InputError(f"{model.config.model_type} models keep their state outside the cache: not supported here")
         self._equal_lengths = needs_equal_lengths(model)
@@ -76,6 +78,15 @@ class LanguageModel:
         with torch.inference_mode(), packed_linears(self.model):
             pass_on = lambda row, reason: on_result(self._result(row, reason))  # noqa: E731
             self._drain(queue, batch_size, top_k, pass_on, on_tokens)
+
+    def close(self) -> None:
+        """Nothing to end; every engine has it."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of generated tokens, special tokens left out."""
@@ -136,7 +147,7 @@ class LanguageModel:
 
     def _rows_that_fit(self, queue: list[GenerationRequest]) -> int:
         longest = len(queue[0].token_ids) + max(r.max_tokens for r in queue)
-        row_bytes = loading.cache_bytes_per_token(self.model) * longest
+        row_bytes = loading.cache_bytes_per_token(self.model.config, self.model.dtype) * longest
         return max(1, int(FREE_MEMORY_SHARE * free_memory(self.device) // max(1, row_bytes)))
 
     def _halved(self, batch: list[GenerationRequest]) -> int:
@@ -161,9 +172,7 @@ class LanguageModel:
         )
 
 
-def generate_all(
-    engine: LanguageModel, requests: Sequence[GenerationRequest], **settings: int
-) -> list[GenerationResult]:
+def generate_all(engine: Engine, requests: Sequence[GenerationRequest], **settings: int) -> list[GenerationResult]:
     """`engine.generate` with the results gathered, in the requests' order."""
     results: dict[str, GenerationResult] = {}
     engine.generate(requests, on_result=lambda result: results.__setitem__(result.id, result), **settings)

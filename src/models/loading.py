@@ -4,6 +4,7 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -29,25 +32,48 @@ LOGGER = logging.getLogger(__name__)
 FORMAT_FILES = ("config.json", "generation_config.json", "token*", "vocab*", "merges.txt", "*.jinja", "chat_template*")
 
 
-def load(config: ModelConfigBase) -> tuple[nn.Module, PreTrainedTokenizerBase, dict[str, str | None]]:
-    """The model in evaluation mode, its tokenizer, and the facts that provenance records."""
-    model_id, adapter = split_reference(config.model_id, config.adapter_path)
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """A model reference resolved on this machine: what there is before any weight is read."""
+
+    folder: Path
+    adapter: Path | None
+    device: torch.device
+    dtype: torch.dtype
+    facts: dict[str, str | None]
+    """What provenance records: fingerprints, device, dtype."""
+
+
+def resolve(config: ModelConfigBase) -> ModelFiles:
+    """
+    Find, and where they come from a hub download, the files of a model and its adapter.
+
+    Raises InputError for what cannot be found, reached or run here.
+    """
+    model_id, adapter_reference = split_reference(config.model_id, config.adapter_path)
     folder = model_folder(model_id, config.revision)
-    adapter_at = adapter_folder(adapter) if adapter else None
+    adapter = adapter_folder(adapter_reference) if adapter_reference else None
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    tokenizer = load_tokenizer(folder, config.trust_remote_code)
-    model = _load_weights(folder, config, device, dtype)
-    if adapter_at:
-        model = attach_adapter(model, adapter_at)
     facts = {
         "model_fingerprint": fingerprint(folder),
-        "adapter_fingerprint": fingerprint(adapter_at) if adapter_at else None,
+        "adapter_fingerprint": fingerprint(adapter) if adapter else None,
         "format_fingerprint": format_fingerprint(folder),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "dtype": str(dtype).removeprefix("torch."),
+        "backend": "hf",
     }
-    return model, tokenizer, facts
+    return ModelFiles(folder=folder, adapter=adapter, device=device, dtype=dtype, facts=facts)
+
+
+def load(config: ModelConfigBase) -> tuple[nn.Module, PreTrainedTokenizerBase, dict[str, str | None]]:
+    """The model in evaluation mode, its tokenizer, and the facts that provenance records."""
+    files = resolve(config)
+    tokenizer = load_tokenizer(files.folder, config.trust_remote_code)
+    model = load_weights(files.folder, config, files.device, files.dtype)
+    if files.adapter:
+        model = attach_adapter(model, files.adapter)
+    return model, tokenizer, files.facts
 
 
 def format_fingerprint(folder: Path) -> str:
@@ -67,11 +93,17 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
         raise InputError(f"{folder}: cannot load a tokenizer from it: {_first_line(error)}") from error
 
 
-def _load_weights(folder: Path, config: ModelConfigBase, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of a model folder. Raises InputError when there is none or it is of an unknown model type."""
     try:
-        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise InputError(f"--model_id {config.model_id}: {_first_line(error)}") from error
+        raise InputError(f"{folder}: {_first_line(error)}") from error
+
+
+def load_weights(folder: Path, config: ModelConfigBase, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The model of a folder, without an adapter. Raises InputError when weights are missing or cannot be read."""
+    model_config = load_config(folder, config.trust_remote_code)
     causal = type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(model_config, "auto_map")
     auto_class = AutoModelForCausalLM if causal else AutoModelForImageTextToText
     try:
@@ -121,9 +153,9 @@ def _quantization(name: str, device: torch.device, dtype: torch.dtype) -> BitsAn
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=name, bnb_4bit_compute_dtype=dtype)
 
 
-def attach_adapter(model: nn.Module, folder: Path) -> nn.Module:
+def attach_adapter(model: nn.Module, folder: Path, merge: bool = False) -> nn.Module:
     """
-    `model` with the LoRA adapter in `folder` acting on it, not merged.
+    `model` with the LoRA adapter in `folder` acting on it, or with `merge` added to its weights.
 
     Raises InputError when a tensor of the adapter finds no place in the model, or the other way round: PEFT only warns,
     and the numbers would be the base model's.
@@ -151,31 +183,41 @@ def attach_adapter(model: nn.Module, folder: Path) -> nn.Module:
     for warning in caught:
         LOGGER.info("While loading the adapter: %s", warning.message)
     wrapped.requires_grad_(False)
+    if merge:
+        return wrapped.merge_and_unload(safe_merge=True)
     # PEFT put its layers into the model itself; the wrapper would only hide where the decoder's parts are.
     return wrapped.get_base_model()
 
 
-def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def eos_token_ids(
+    config: PreTrainedConfig, generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase
+) -> frozenset[int]:
     """Every token that ends a response: the generation config's, all of them, and the tokenizer's own."""
-    generation = getattr(model, "generation_config", None)
-    stated = (generation.eos_token_id if generation else None) or model.config.get_text_config(
-        decoder=True
-    ).eos_token_id
+    stated = generation_config.eos_token_id if generation_config else None
+    stated = stated or config.get_text_config(decoder=True).eos_token_id
     listed = stated if isinstance(stated, list) else [stated]
     return frozenset(i for i in [*listed, tokenizer.eos_token_id] if i is not None)
 
 
-def context_length(model: nn.Module) -> int | None:
+def load_generation_config(folder: Path) -> GenerationConfig | None:
+    """The generation config of a model folder, None where it has none."""
+    try:
+        return GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").exists() else None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / 'generation_config.json'}: {_first_line(error)}") from error
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
     """Tokens that the model's positions reach, None where its config states no bound."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
-def cache_bytes_per_token(model: nn.Module) -> int:
+def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """Bytes of keys and values that one token of one row takes in the cache, an upper bound with sliding windows."""
-    config = model.config.get_text_config(decoder=True)
+    config = config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize
+    return 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize
 
 
 def _first_line(error: Exception) -> str:

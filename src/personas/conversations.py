@@ -3,12 +3,12 @@
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from src.common.errors import InputError
 from src.common.jsonl import JsonlWriter, read_jsonl, repair_torn_tail, round_fields, write_jsonl_atomic
 from src.common.rows import Prompt
 from src.models.chat_format import Message, PersonaRenderer, RenderedPrompt
+from src.models.engine import Engine
 from src.models.thinking import ThinkingReader
 from src.models.types import GenerationRequest, GenerationResult
 from src.personas.rows import MEASURED_FIELDS, Asked, results_row
@@ -19,22 +19,6 @@ from src.personas.token_arrays import TokenArrays
 LOGGER = logging.getLogger(__name__)
 Row = dict[str, object]
 FILE_NAME = "results.jsonl"
-
-
-class Engine(Protocol):
-    """What generates: transformers or vLLM."""
-
-    context_length: int | None
-
-    def generate(
-        self,
-        requests: Sequence[GenerationRequest],
-        *,
-        on_result: Callable[[GenerationResult], None],
-        on_tokens: Callable[[int], None],
-        batch_size: int,
-        top_k: int,
-    ) -> None: ...
 
 
 class Results:

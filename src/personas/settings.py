@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from src.common.engine_config import EngineConfigBase
 from src.common.errors import InputError
 from src.common.experiment_config import WorkerConfigBase
-from src.common.model_config import ModelConfigBase
 from src.common.settings import setting
 from src.common.system_prompts import check_style
 
@@ -13,15 +13,13 @@ AT_LEAST_ONE = ("num_tasks", "num_personae", "n_reps", "max_tokens", "batch_size
 
 
 @dataclass(kw_only=True)
-class PersonaSettings(ModelConfigBase, WorkerConfigBase):
+class PersonaSettings(EngineConfigBase, WorkerConfigBase):
     """Fields of `src.run_personas`."""
 
     prompts_json: str = setting()
     """The questions: JSON list, JSONL, CSV, Parquet or text file, or hub:NAME[:CONFIG[:SPLIT[:COLUMN]]]."""
     personae_json: Path = setting()
     """Who answers: JSON list or JSONL of {"persona", "category", "article"}."""
-    backend: str = setting("auto", choices=("auto", "hf", "vllm"))
-    """Engine that generates: transformers (hf) or vLLM; auto takes transformers."""
     temperature: float = 0.0
     """0 takes the likeliest token; otherwise tokens are drawn from softmax(logits / temperature)."""
     max_tokens: int = 1024

@@ -1,0 +1,93 @@
+"""What generates, whichever it is: the interface of the engines, and the choice between them."""
+
+import importlib.util
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, Self
+
+from src.common.engine_config import EngineConfigBase
+from src.common.errors import InputError
+from src.models.types import GenerationRequest, GenerationResult
+
+LOGGER = logging.getLogger(__name__)
+
+
+class Engine(Protocol):
+    """A model that continues prompts: `LanguageModel` on transformers, `VLLMEngine` on vLLM."""
+
+    tokenizer: Any
+    facts: dict[str, str | None]
+    """What provenance records: fingerprints, device, dtype, backend."""
+    eos_ids: frozenset[int]
+    context_length: int | None
+
+    def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        on_result: Callable[[GenerationResult], None],
+        on_tokens: Callable[[int], None] = ...,
+        batch_size: int = ...,
+        top_k: int = ...,
+    ) -> None: ...
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: Any) -> None: ...
+
+
+def choose_backend(config: EngineConfigBase) -> tuple[str, str]:
+    """
+    "hf" or "vllm", and why. Neither engine is imported; torch is only asked for its devices.
+
+    Raises InputError when vLLM is asked for and not installed, or for a setting that only vLLM has.
+    """
+    installed = importlib.util.find_spec("vllm") is not None
+    if config.backend == "vllm":
+        if not installed:
+            raise InputError(
+                "--backend vllm: vLLM is not installed; run the command as `uv run --extra cpu -m src.…` "
+                "(on a CUDA machine `--extra cuda`), or take --backend hf"
+            )
+        return "vllm", "asked for"
+    if config.backend == "hf":
+        return "hf", "asked for"
+    if not installed:
+        return "hf", "vLLM is not installed"
+    if config.quantization != "none":
+        return "hf", f"--quantization {config.quantization} is for it"
+
+    from src.models.devices import resolve_device
+
+    device = resolve_device(config.device)
+    return ("vllm", "installed, on CUDA") if device.type == "cuda" else ("hf", f"the device is {device.type}")
+
+
+def load_engine(config: EngineConfigBase, batch_size: int) -> Engine:
+    """
+    The engine that a command's settings name, loaded; it says which and why. batch_size: rows decoded at once.
+
+    Raises what the engines raise.
+    """
+    backend, reason = choose_backend(config)
+    LOGGER.info("Generating on %s (%s)", {"hf": "transformers", "vllm": "vLLM"}[backend], reason)
+    if backend == "vllm":
+        from src.models.vllm_engine import VLLMEngine
+
+        return VLLMEngine.load(config, batch_size=batch_size)
+    from src.models.language_model import LanguageModel
+
+    model = LanguageModel.load(config)
+    model.context_length = bounded_context(config, model.context_length)
+    return model
+
+
+def bounded_context(config: EngineConfigBase, context: int | None) -> int | None:
+    """The model's context, or the part of it that --max_model_len leaves. Raises InputError when it asks for more."""
+    if config.max_model_len and context and config.max_model_len > context:
+        raise InputError(f"--max_model_len {config.max_model_len}: the model's context is {context}")
+    return config.max_model_len or context

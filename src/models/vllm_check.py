@@ -1,0 +1,77 @@
+"""The self-test at start: the uncertainty that comes out of the engine against a direct computation."""
+
+import math
+from typing import Any
+
+from src.common.errors import CheckFailed, InputError
+from src.models.types import GenerationRequest
+
+TEXT = "The quick brown fox jumps over the lazy dog. Once upon a time there was"
+N_TOKENS = 3
+K = 5
+TOLERANCE = {"float32": (1e-3, 1e-4)}
+"""Largest difference of entropy (nats) and of mass, by dtype."""
+HALF_TOLERANCE = (0.05, 0.01)
+
+
+def check_columns(loaded: Any) -> None:
+    """
+    Compare entropy and top-k mass of a few tokens with those of vLLM's full list of log-probabilities, which takes
+    another way through the engine. Raises CheckFailed when they differ, InputError when the logits are not numbers.
+    """
+    from vllm import SamplingParams
+    from vllm.inputs.engine import tokens_input
+
+    ids = tuple(loaded.tokenizer(TEXT).input_ids)
+    n_tokens = min(N_TOKENS, loaded.room - len(ids), (loaded.context_length or loaded.room) - len(ids))
+    if n_tokens < 1:
+        ids, n_tokens = ids[:1], 1
+    loaded.add(GenerationRequest(id="check", token_ids=ids, max_tokens=n_tokens), K)
+    ours = _finish(loaded)
+    everything = SamplingParams(
+        temperature=0.0, max_tokens=n_tokens, ignore_eos=True, detokenize=False, logprobs=-1, flat_logprobs=True
+    )
+    loaded._engine.add_request("direct", tokens_input(list(ids)), everything, lora_request=loaded._lora)
+    direct = _finish(loaded)
+    bars = TOLERANCE.get(str(loaded.facts["dtype"]), HALF_TOLERANCE)
+    for i, (token, other) in enumerate(zip(ours.token_ids, direct.token_ids, strict=False)):
+        measured = _columns(ours, i)
+        expected = _direct(direct, i)
+        if expected[0] != expected[0]:
+            raise InputError(
+                f"the model's logits are not numbers (dtype {loaded.facts['dtype']}); try --dtype float32, and check "
+                f"the weights"
+            )
+        # Negated, so that a NaN fails too.
+        if not all(abs(a - b) <= bar for a, b, bar in zip(measured, expected, bars, strict=True)):
+            raise CheckFailed(
+                f"vLLM's uncertainty is wrong: at token {i} of the self-test entropy and top-{K} mass are "
+                f"{measured[0]:.5f} and {measured[1]:.5f}, and computed directly {expected[0]:.5f} and "
+                f"{expected[1]:.5f} (bars {bars[0]}, {bars[1]}); take --backend hf, and report vLLM's version"
+            )
+        if token != other:
+            # From here on the two are answers to different prompts; in half precision near ties may part.
+            return
+
+
+def _finish(loaded: Any) -> Any:
+    while True:
+        for output in loaded.step():
+            if output.finished:
+                return output.outputs[0]
+
+
+def _columns(completion: Any, index: int) -> tuple[float, float]:
+    start = completion.logprobs.start_indices[index]
+    values = completion.logprobs.logprobs
+    # Columns that are not there fail the comparison.
+    return (values[start + 1], values[start + 2]) if start + 2 < len(values) else (math.nan, math.nan)
+
+
+def _direct(completion: Any, index: int) -> tuple[float, float]:
+    """Entropy and top-k mass from the log-probabilities of the whole vocabulary, in float64."""
+    start, end = completion.logprobs.start_indices[index], completion.logprobs.end_indices[index]
+    # The first is the token's own, which the list holds once more.
+    values = completion.logprobs.logprobs[start + 1 : end]
+    terms = [math.exp(v) * v for v in values if v > -math.inf]
+    return -math.fsum(terms), math.fsum(math.exp(v) for v in sorted(values)[-K:])

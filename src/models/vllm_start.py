@@ -1,0 +1,240 @@
+"""Starting vLLM: its environment, memory and threads, and what is said when it cannot start."""
+
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from src.common.engine_config import EngineConfigBase
+from src.common.errors import CheckFailed, InputError
+from src.common.logs import FILE_ONLY
+from src.models.loading import ModelFiles
+from src.models.vllm_adapter import Adapter
+
+LOGGER = logging.getLogger(__name__)
+ENVIRONMENT = {
+    # In this process: no copy of each token through a socket, and nothing that outlives a kill.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_DO_NOT_TRACK": "1",
+    # Our handlers take its records; its own would write to stdout.
+    "VLLM_CONFIGURE_LOGGING": "0",
+}
+LOCAL = {"VLLM_HOST_IP": "127.0.0.1", "VLLM_LOOPBACK_IP": "127.0.0.1"}
+KV_CACHE_GIB = 4.0
+FREE_SHARE = 1 / 3
+WORKER = "src.models.vllm_worker.TillerWorker"
+
+
+def set_environment(engine_log: bool) -> None:
+    """Tell vLLM, before it is imported, how to run here."""
+    os.environ.update(ENVIRONMENT)
+    for name, value in LOCAL.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("vllm").setLevel(logging.INFO if engine_log else logging.ERROR)
+
+
+def start(
+    config: EngineConfigBase,
+    files: ModelFiles,
+    adapter: Adapter | None,
+    batch_size: int,
+    engine_args: dict[str, Any],
+) -> tuple[Any, str]:
+    """vLLM's engine with our sampler in it, and its runner's generation ("v1" or "v2"). Raises InputError."""
+    began = time.monotonic()
+    LOGGER.info("Starting vLLM, which takes a minute or so …")
+    with quiet(config.engine_log), kept_as_they_are():
+        check_device(config, files)
+        arguments = arguments_of(config, files, adapter, batch_size) | engine_args
+        check_memory(files, arguments)
+        engine = _engine(arguments)
+        runners = set(engine.collective_rpc("tiller_install"))
+    assert len(runners) == 1, f"workers of several kinds: {runners}"
+    LOGGER.info("vLLM is ready after %.0f s", time.monotonic() - began)
+    return engine, runners.pop()
+
+
+def check_device(config: EngineConfigBase, files: ModelFiles) -> None:
+    """Raises InputError where the vLLM that is installed was built for another device."""
+    from vllm.platforms import current_platform
+
+    if config.quantization != "none":
+        raise InputError(f"--quantization {config.quantization} with --backend vllm: not supported; take --backend hf")
+    if files.device.type != current_platform.device_type:
+        raise InputError(
+            f"--device {config.device} is {files.device.type} here, and the vLLM that is installed is built for "
+            f"{current_platform.device_type}; take --device {current_platform.device_type}, or --backend hf"
+        )
+    if files.device.index:
+        raise InputError(f"--device {config.device} with vLLM: set CUDA_VISIBLE_DEVICES={files.device.index} instead")
+    n_workers = config.tensor_parallel_size * config.pipeline_parallel_size
+    if files.device.type == "cpu" and n_workers > 1 and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(shares_of_cpus(n_workers))
+
+
+def shares_of_cpus(n_workers: int) -> list[str]:
+    """The CPUs that this process may use, dealt to `n_workers`: comma-separated numbers. Raises InputError."""
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < n_workers:
+        raise InputError(f"{n_workers} workers on {len(cpus)} CPUs; lower --tensor_parallel_size or --pipeline_…")
+    return [",".join(map(str, cpus[i::n_workers])) for i in range(n_workers)]
+
+
+def arguments_of(
+    config: EngineConfigBase, files: ModelFiles, adapter: Adapter | None, batch_size: int
+) -> dict[str, Any]:
+    """Arguments of vLLM's EngineArgs."""
+    on_cpu = files.device.type == "cpu"
+    kv_cache_gib = config.kv_cache_gib
+    if kv_cache_gib is None and on_cpu and config.gpu_memory_utilization is None:
+        kv_cache_gib = min(KV_CACHE_GIB, FREE_SHARE * psutil.virtual_memory().available / 2**30)
+    arguments = {
+        "model": str(adapter.merged if adapter and adapter.merged else files.folder),
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "trust_remote_code": config.trust_remote_code,
+        "dtype": files.facts["dtype"],
+        "seed": config.seed,
+        # −1: the model's context, or less where memory is short; a request that then does not fit is refused.
+        "max_model_len": config.max_model_len or -1,
+        "kv_cache_memory_bytes": int(kv_cache_gib * 2**30) if kv_cache_gib else None,
+        "gpu_memory_utilization": config.gpu_memory_utilization or 0.9,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "pipeline_parallel_size": config.pipeline_parallel_size,
+        "enforce_eager": config.enforce_eager or (on_cpu and not config.compiled),
+        "max_num_seqs": batch_size,
+        "max_logprobs": -1,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": config.engine_log,
+        "worker_extension_cls": WORKER,
+    }
+    return arguments | (adapter.engine_args() if adapter and not adapter.merged else {})
+
+
+def check_memory(files: ModelFiles, arguments: dict[str, Any]) -> None:
+    """Raises InputError where the CPU's memory does not hold the weights beside keys and values."""
+    if files.device.type != "cpu":
+        return
+    stored = sum(file.stat().st_size for file in files.folder.glob("*.safetensors"))
+    # The stored dtype is not known without reading; most weights are stored in two bytes.
+    weights = stored * (2 if files.facts["dtype"] == "float32" and stored_in_half(files) else 1)
+    needed = weights + (arguments["kv_cache_memory_bytes"] or 0)
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise InputError(
+            f"{weights / 2**30:.1f} GiB of weights and {(needed - weights) / 2**30:.1f} GiB of keys and values do not "
+            f"fit in the {free / 2**30:.1f} GiB of free memory; lower --kv_cache_gib, take --dtype bfloat16, or a "
+            f"smaller model"
+        )
+
+
+def stored_in_half(files: ModelFiles) -> bool:
+    """Whether the first weights of the model are stored in two bytes a number."""
+    from safetensors import safe_open
+
+    with safe_open(sorted(files.folder.glob("*.safetensors"))[0], framework="pt") as tensors:
+        return tensors.get_slice(next(iter(tensors.keys()))).get_dtype() in ("BF16", "F16")
+
+
+def _engine(arguments: dict[str, Any]) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    return LLMEngine.from_engine_args(EngineArgs(**arguments))
+
+
+@contextlib.contextmanager
+def errors_in_words(model_id: str) -> Iterator[None]:
+    """Turns what vLLM raises about a model, memory or a setting, which has no type of its own, into InputError."""
+    try:
+        yield
+    except (InputError, CheckFailed):
+        raise
+    except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
+        LOGGER.error("vLLM did not start", exc_info=True, extra={FILE_ONLY: True})
+        raise InputError(f"vLLM cannot run --model_id {model_id} here: {remedy(error)}") from error
+
+
+def remedy(error: Exception) -> str:
+    """vLLM's own words, shortened, and what may help."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # pydantic puts the number of errors and the class first.
+    words = next((line for line in lines if "error" not in line.lower() or len(lines) == 1), str(error))[:500]
+    text = str(error).lower()
+    if "not supported" in text or "architecture" in text:
+        return f"{words} (vLLM does not know this model; take --backend hf)"
+    if "memory" in text or "kv cache" in text:
+        return f"{words} (lower --max_model_len or --kv_cache_gib; on CUDA change --gpu_memory_utilization)"
+    return f"{words} (--engine_log shows more; --backend hf needs no vLLM)"
+
+
+def stop(engine: Any) -> None:
+    """End an engine, its workers and their shared memory, of which vLLM leaves some on the CPU."""
+    names = {name for name in engine.collective_rpc("tiller_shared_memory") if name}
+    engine.engine_core.shutdown()
+    for name in names:
+        for segment in Path("/dev/shm").glob(f"vllm_dist_{name}-*"):
+            segment.unlink(missing_ok=True)
+
+
+def facts(engine: Any, runner: str, adapter: Adapter | None) -> dict[str, str | None]:
+    """What provenance records of the engine."""
+    import vllm
+
+    how = None if adapter is None else "merged" if adapter.merged else "lora"
+    return {
+        "backend": "vllm",
+        "vllm": vllm.__version__,
+        "runner": runner,
+        "adapter_applied": how,
+        "kv_cache_tokens": str(
+            engine.vllm_config.cache_config.num_gpu_blocks * engine.vllm_config.cache_config.block_size
+        ),
+    }
+
+
+@contextlib.contextmanager
+def kept_as_they_are() -> Iterator[None]:
+    """vLLM's CPU worker forbids changing the number of threads in the whole process: here it stays allowed."""
+    set_num_threads = torch.set_num_threads
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads
+
+
+@contextlib.contextmanager
+def quiet(engine_log: bool) -> Iterator[None]:
+    """
+    Without `engine_log`, what vLLM's libraries write to stdout and stderr is kept from the terminal, also what comes
+    from C++ and from child processes; it becomes debug records.
+    """
+    if engine_log:
+        yield
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as noise:
+        kept = [os.dup(1), os.dup(2)]
+        try:
+            os.dup2(noise.fileno(), 1)
+            os.dup2(noise.fileno(), 2)
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, copy in zip((1, 2), kept, strict=True):
+                os.dup2(copy, number)
+                os.close(copy)
+            noise.seek(0)
+            for line in noise.read().decode(errors="replace").splitlines():
+                LOGGER.debug("vLLM: %s", line)

@@ -1,0 +1,223 @@
+"""
+What runs inside a vLLM worker: the exact uncertainty of every sampled token, carried out of the engine in the
+log-probability tensors that vLLM moves anyway, and draws that depend on the request alone.
+
+A request asks for it by `sampling_params()`: its columns 1 and 2 then hold entropy and top-k mass in place of two
+log-probabilities. Requests of others in the same batch get what vLLM gives them.
+"""
+
+import os
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm import SamplingParams
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+
+from src.models.types import GenerationRequest
+from src.ops.metrics import token_uncertainty
+from src.ops.sampling import next_tokens
+
+TAG = "tiller"
+"""Key of `extra_args` under which a request carries k and seed to the worker."""
+COLUMNS = 2
+"""Log-probabilities that a tagged request asks for: the places of entropy and top-k mass."""
+
+
+@dataclass(frozen=True)
+class Tag:
+    """What a tagged request wants of the sampler."""
+
+    k: int
+    seed: int
+
+
+def sampling_params(request: GenerationRequest, k: int, eos_ids: frozenset[int], runner: str) -> SamplingParams:
+    """
+    The request in vLLM's terms: `COLUMNS` log-probabilities, flat, no text, ended by `eos_ids` alone.
+
+    runner: "v1" draws by the request's seed with our own sampler; "v2" with vLLM's, whose Gumbel noise is a function of
+    seed and position.
+    """
+    return SamplingParams(
+        temperature=request.temperature,
+        max_tokens=request.max_tokens,
+        # A generator on the V1 runner cannot be set back after a prompt's chunk that samples nothing.
+        seed=request.seed % 2**63 if runner == "v2" and request.temperature > 0 else None,
+        stop_token_ids=sorted(eos_ids),
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=COLUMNS,
+        flat_logprobs=True,
+        extra_args={TAG: {"k": k, "seed": request.seed}},
+    )
+
+
+def tag_of(params: SamplingParams | None) -> Tag | None:
+    """The tag of a request, None for one of somebody else."""
+    stated = (params.extra_args or {}).get(TAG) if params else None
+    return Tag(stated["k"], stated["seed"]) if stated else None
+
+
+class TillerWorker:
+    """Methods that vLLM mixes into its worker (`worker_extension_cls`), called through `collective_rpc`."""
+
+    model_runner: Any
+
+    def tiller_shared_memory(self) -> str:
+        """What is in the names of the shared memory that this worker's CPU collectives use, "" where they use none."""
+        return os.environ.get("VLLM_DIST_IDENT", "")
+
+    def tiller_install(self) -> str:
+        """Puts our sampler in place; returns the model runner's generation, "v1" or "v2"."""
+        runner = self.model_runner
+        if hasattr(runner, "req_states"):
+            runner.sampler = SamplerV2.around(runner.sampler)
+            return "v2"
+        make_room_between_stages(runner)
+        install_v1(runner)
+        return "v1"
+
+    def tiller_adapter_modules(self) -> dict[str, list[str]]:
+        """Names of the model's modules on which loaded adapters act, and of adapter weights that have no module."""
+        manager = self.model_runner.lora_manager._adapter_manager
+        weights = {name for adapter in manager._registered_adapters.values() for name in adapter.loras}
+        return {"acting": sorted(weights & set(manager.modules)), "homeless": sorted(weights - set(manager.modules))}
+
+
+def make_room_between_stages(runner: Any) -> None:
+    """vLLM makes the buffer of a later pipeline stage while it warms up, which the CPU in eager mode leaves out."""
+    from vllm.distributed.parallel_state import get_pp_group
+
+    if not get_pp_group().is_first_rank and runner.intermediate_tensors is None:
+        runner.intermediate_tensors = runner.get_model().make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+        )
+
+
+def install_v1(runner: Any) -> None:
+    """Wraps the `forward` of a V1 runner's sampler."""
+    sampler = runner.sampler
+    plain = sampler.forward
+    draws = Draws()
+
+    def forward(logits: Tensor, sampling_metadata: Any, *args: Any, **settings: Any) -> SamplerOutput:
+        requests = [runner.requests[request_id] for request_id in runner.input_batch.req_ids[: len(logits)]]
+        tags = [tag_of(request.sampling_params) for request in requests]
+        ours = [i for i, tag in enumerate(tags) if tag]
+        if not ours:
+            return plain(logits, sampling_metadata, *args, **settings)
+        assert len(tags) == len(logits), f"{len(tags)} requests for {len(logits)} rows of logits"
+        whole = len(ours) == len(logits)
+        mine = logits if whole else logits[ours]
+        tokens = _next_tokens(mine, [requests[i] for i in ours], [tags[i] for i in ours], draws)
+        columns = _columns(mine, tokens, [tags[i].k for i in ours])
+        draws.keep(runner.requests)
+        if whole:
+            return _output(tokens, columns)
+        # Ours are read before vLLM's own sampler may change the logits in place.
+        output = plain(logits, sampling_metadata, *args, **settings)
+        output.sampled_token_ids[ours, 0] = tokens.int()
+        output.logprobs_tensors.logprob_token_ids[ours, 0] = tokens.int()
+        output.logprobs_tensors.logprobs[ours, : COLUMNS + 1] = columns
+        return output
+
+    sampler.forward = forward
+
+
+def _next_tokens(logits: Tensor, requests: list[Any], tags: list[Tag], draws: "Draws") -> Tensor:
+    temperatures = [request.sampling_params.temperature for request in requests]
+    uniforms = [
+        draws.at(request.req_id, tag.seed, len(request.output_token_ids)) if temperature > 0 else 0.0
+        for request, tag, temperature in zip(requests, tags, temperatures, strict=True)
+    ]
+    return next_tokens(
+        logits,
+        torch.tensor(temperatures, dtype=torch.float32, device=logits.device),
+        torch.tensor(uniforms, dtype=torch.float64, device=logits.device),
+    )
+
+
+def _columns(logits: Tensor, tokens: Tensor, ks: list[int]) -> Tensor:
+    """float32 (rows, 3): the token's log-probability, entropy (nats), top-k mass."""
+    entropy, mass, log_normalizer = _uncertainty(logits, ks)
+    return torch.stack([logits.gather(1, tokens[:, None])[:, 0].float() - log_normalizer, entropy, mass], dim=1)
+
+
+def _uncertainty(logits: Tensor, ks: list[int]) -> Tensor:
+    """float32 (3, rows): entropy, top-k mass and log-normalizer, each row with its own k."""
+    if len(set(ks)) == 1:
+        return torch.stack(token_uncertainty(logits, ks[0]))
+    measured = torch.empty(3, len(logits), dtype=torch.float32, device=logits.device)
+    for k in set(ks):
+        rows = [i for i, other in enumerate(ks) if other == k]
+        measured[:, rows] = torch.stack(token_uncertainty(logits[rows], k))
+    return measured
+
+
+def _output(tokens: Tensor, columns: Tensor) -> SamplerOutput:
+    ids = torch.zeros(columns.shape, dtype=torch.int32, device=columns.device)
+    ids[:, 0] = tokens
+    ranks = torch.zeros(len(tokens), dtype=torch.int64, device=columns.device)
+    return SamplerOutput(
+        sampled_token_ids=tokens.int()[:, None],
+        logprobs_tensors=LogprobsTensors(logprob_token_ids=ids, logprobs=columns, selected_token_ranks=ranks),
+    )
+
+
+class Draws:
+    """
+    The uniform draws of each request: number t belongs to generated token t, whatever was computed twice or thrown away
+    on the way (chunks of a prompt, preemption). The same numbers as on transformers.
+    """
+
+    def __init__(self) -> None:
+        self._streams: dict[str, tuple[random.Random, list[float]]] = {}
+
+    def at(self, request_id: str, seed: int, index: int) -> float:
+        """Draw number `index` of a request."""
+        if request_id not in self._streams:
+            self._streams[request_id] = (random.Random(seed), [])
+        stream, drawn = self._streams[request_id]
+        while len(drawn) <= index:
+            drawn.append(stream.random())
+        return drawn[index]
+
+    def keep(self, request_ids: dict[str, Any]) -> None:
+        """Forgets the requests that have ended, once they are many."""
+        if len(self._streams) > 2 * len(request_ids) + 64:
+            self._streams = {name: stream for name, stream in self._streams.items() if name in request_ids}
+
+
+class SamplerV2:
+    """A V2 runner's sampler with our columns. Tokens are drawn by vLLM's own, seeded per request and position."""
+
+    def __init__(self, sampler: Any) -> None:
+        self._sampler = sampler
+        self._tags: dict[int, Tag | None] = {}
+
+    @classmethod
+    def around(cls, sampler: Any) -> "SamplerV2 | None":
+        """None on a pipeline rank that does not sample."""
+        return sampler if sampler is None or isinstance(sampler, cls) else cls(sampler)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sampler, name)
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> None:
+        self._tags[req_idx] = tag_of(sampling_params)
+        self._sampler.add_request(req_idx, sampling_params)
+
+    def __call__(self, logits: Tensor, input_batch: Any) -> Any:
+        tags = [self._tags.get(int(slot)) for slot in input_batch.idx_mapping_np]
+        ours = [i for i, tag in enumerate(tags) if tag]
+        if not ours:
+            return self._sampler(logits, input_batch)
+        assert len(tags) == len(logits), f"{len(tags)} requests for {len(logits)} rows of logits"
+        rows = torch.tensor(ours, device=logits.device)
+        measured = _uncertainty(logits[rows], [tags[i].k for i in ours])
+        output = self._sampler(logits, input_batch)
+        output.logprobs_tensors.logprobs[rows, 1 : COLUMNS + 1] = measured[:COLUMNS].T
+        return output
