@@ -37,7 +37,8 @@ def main(config: RunPersonasConfig) -> None:
     personas = chosen_personas(config)
     follow_ups = read_prompts(config.turns) if config.turns else []
     check_reference(config.model_id, config.adapter_path)
-    choose_backend(config)
+    choose_backend(config, config.only_hf)
+    config.checked_entries()
     if config.chat_template not in (None, PLAIN):
         read_chat_template(config.chat_template)
     tasks = config.own_tasks(build_tasks(personas, prompts, n_reps(config)))
@@ -51,14 +52,16 @@ def generate(config: RunPersonasConfig, run: Run, tasks: Sequence, follow_ups: l
     """Ask what is not answered yet, write the rows in task order, summarize."""
     from rich.console import Console
 
-    from src.personas.conversations import FILE_NAME, Results, all_row_ids
+    from src.common.results import FILE_NAME, Results
+    from src.personas.conversations import all_row_ids
+    from src.personas.rows import MEASURED_FIELDS
     from src.personas.summary import print_tables, summarize_rows
     from src.personas.token_arrays import FILE_NAME as ARRAYS_NAME
     from src.personas.token_arrays import TokenArrays
 
     # 3. What an earlier start left.
-    results = Results(run.folder)
-    results.refuse_other_prompts(tasks)
+    results = Results(run.folder, MEASURED_FIELDS)
+    results.refuse_other_prompts({task.row_id(0): task.prompt for task in tasks})
     arrays = TokenArrays(run.folder) if config.token_arrays else None
     row_ids = all_row_ids(tasks, follow_ups)
     done = sum(row_id in results.rows for row_id in row_ids)
@@ -82,13 +85,17 @@ def generate(config: RunPersonasConfig, run: Run, tasks: Sequence, follow_ups: l
 
 def ask(config: RunPersonasConfig, run: Run, tasks: Sequence, follow_ups: list[Prompt], results, arrays) -> None:
     """Load the model and run the conversations; every row is on disk as soon as it is there."""
+    from src.common.progress import Progress
     from src.models.chat_format import PersonaRenderer, with_chat_template
     from src.models.engine import load_engine
+    from src.models.projections import projection_onto
     from src.personas.conversations import Conversations, all_row_ids
-    from src.personas.progress import Progress
 
-    with load_engine(config, config.batch_size) as engine:
-        run.record(**engine.facts)
+    with load_engine(config, config.batch_size, config.only_hf) as engine:
+        entries = config.entries()
+        spec = engine.resolve(entries, config.allow_model_mismatch) if entries else None
+        projection = projection_onto(config, engine)
+        run.record(**engine.facts, **({"interventions_fingerprint": spec.fingerprint} if spec else {}))
         renderer = PersonaRenderer(
             with_chat_template(engine.tokenizer, config.chat_template),
             config.persona_mode,
@@ -96,7 +103,7 @@ def ask(config: RunPersonasConfig, run: Run, tasks: Sequence, follow_ups: list[P
             thinking=config.thinking_mode,
             today=run.first_started.date(),
         )
-        conversations = Conversations(config, tasks, follow_ups, engine, renderer)
+        conversations = Conversations(config, tasks, follow_ups, engine, renderer, spec, projection)
         row_ids = all_row_ids(tasks, follow_ups)
         with Progress(total=len(row_ids), done=sum(row_id in results.rows for row_id in row_ids)) as progress:
             conversations.run(results, arrays, progress.add_row, progress.add_tokens)
@@ -127,7 +134,8 @@ def n_reps(config: RunPersonasConfig) -> int:
 def input_files(config: RunPersonasConfig) -> list[Path]:
     """The files whose content decides the rows."""
     paths = [config.prompts_json, config.personae_json, config.turns, config.chat_template]
-    return [Path(p) for p in paths if p and not str(p).startswith("hub:") and str(p) != "plain"]
+    files = [Path(p) for p in paths if p and not str(p).startswith("hub:") and str(p) != "plain"]
+    return [*files, *config.intervention_files()]
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """Directions and specs for tests, without files where none are needed."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from src.common.directions_file import PERCENTILES, Directions, DirectionsMetadata
+from src.common.directions_file import PERCENTILES, Directions, DirectionsMetadata, write_directions
 from src.common.resolved_interventions import ResolvedOperation, ResolvedSpec
+from src.models.fingerprint import fingerprint
 
 
 def unit(seed: int, d_model: int = 32) -> np.ndarray:
@@ -49,3 +51,10 @@ def same_bits(x: Tensor, y: Tensor) -> bool:
         and x.shape == y.shape
         and torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
     )
+
+
+def write_tiny_directions(path: Path, model_folder: Path, **metadata: Any) -> Path:
+    """Random directions that pass for the tiny model's in `model_folder`."""
+    known = {"model_fingerprint": fingerprint(model_folder), "best_layer": 1}
+    write_directions(path, some_directions(**{**known, **metadata}))
+    return path

@@ -9,6 +9,7 @@ from src.common.errors import InputError
 from src.models.generation import decode_batch, left_padded, needs_equal_lengths
 from src.models.types import GenerationRequest
 from src.ops.metrics import token_uncertainty
+from tests.steering_specs import spec
 from tests.tiny_models import CONFIGS, tiny_model, tiny_multimodal
 
 NAMES = [*CONFIGS, "multimodal"]
@@ -131,6 +132,41 @@ def test_logits_that_are_no_numbers_raise_and_name_the_request() -> None:
         model.lm_head.weight[7] = torch.nan
     with pytest.raises(InputError, match=r"request '0'.*token 0.*--dtype float32"):
         decode(model, some_requests(1))
+
+
+def n_hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["none", "empty", "acting"])
+def test_hooks_are_set_only_while_something_acts(kind: str) -> None:
+    model = tiny_model("llama")
+    one = {"none": (), "empty": spec(), "acting": spec({"op": "add", "coefficient": 1.0})}[kind]
+    requests = [replace(r, interventions=one) for r in some_requests(3, max_tokens=4)]
+    seen = []
+    decode_batch(
+        model, requests, eos_ids=frozenset(), pad_id=2, k=5, on_row=lambda r, why: None,
+        on_tokens=lambda n: seen.append(n_hooks(model)),
+    )  # fmt: skip
+    assert len(seen) == 4 and {count > 0 for count in seen} == {kind == "acting"}
+    assert n_hooks(model) == 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "qwen3_moe"])
+def test_rows_under_different_specs_do_not_depend_on_one_another(name: str, temperature: float) -> None:
+    """Rows end at different steps, so that the batch shrinks around those that go on."""
+    model = tiny_model(name)
+    specs = [(), spec({"op": "add", "coefficient": 4.0}), spec({"op": "scale", "coefficient": 3.0, "layer": 1})]
+    requests = [
+        replace(r, interventions=specs[i % 3], max_tokens=3 + 2 * (i % 4))
+        for i, r in enumerate(some_requests(temperature=temperature))
+    ]
+    together = decode(model, requests)
+    for request in requests:
+        alone, row = decode(model, [request])[request.id][0], together[request.id][0]
+        assert row.tokens == alone.tokens
+        assert row.entropy == pytest.approx(alone.entropy, abs=1e-4)
 
 
 def test_padding_stands_on_the_left() -> None:

@@ -10,8 +10,9 @@ from src.common.errors import InputError
 from src.common.model_config import ModelConfigBase
 from src.models.chat_format import PersonaRenderer
 from src.models.language_model import LanguageModel, generate_all
-from src.models.types import GenerationRequest
+from src.models.types import GenerationRequest, GenerationResult
 from src.ops.metrics import token_uncertainty
+from tests.steering_specs import spec, unit
 
 QUESTIONS = ["Who are you?", "Tell me about the sea in winter, at some length.", "2 + 2?", "Why do birds sing at dawn?"]
 PERSONAS = ["assistant", "Hamlet", "grandmother"]
@@ -70,11 +71,72 @@ def test_bfloat16_stays_near_float32(model, requests, bundled_folder: Path) -> N
     assert 0 < sum(differences) / len(differences) < 0.05
 
 
-def test_out_of_memory_halves_the_batch_and_loses_nothing(tiny_folder: Path, caplog) -> None:
-    model = load(tiny_folder)
-    requests = [
-        GenerationRequest(id=str(i), token_ids=tuple(range(5, 10 + i)), max_tokens=6 + i % 3, seed=i) for i in range(9)
+SPECS = [
+    (),
+    spec({"op": "add", "coefficient": 6.0}),
+    spec({"op": "ablate", "coefficient": 1.0, "layer": 1}, {"op": "cap", "lo": 1.0, "positions": "generated"}),
+    spec({"op": "add", "coefficient": 0.5, "relative": True, "positions": "last_prompt", "direction": unit(3)}),
+]
+"""Specs of the tiny model; rows under all of them share a batch."""
+
+
+def mixed_requests(n: int = 9) -> list[GenerationRequest]:
+    return [
+        GenerationRequest(
+            id=str(i), token_ids=tuple(range(5, 10 + i)), max_tokens=6 + i % 3, seed=i, interventions=SPECS[i % 4]
+        )
+        for i in range(n)
     ]
+
+
+def same_results(found: list[GenerationResult], expected: list[GenerationResult]) -> bool:
+    """The same tokens, and the same numbers to rounding."""
+    return all(
+        (a.id, a.token_ids) == (b.id, b.token_ids) and a.entropy == pytest.approx(b.entropy, abs=1e-4)
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+def test_a_mixed_batch_gives_each_row_what_it_gives_alone(tiny_folder: Path) -> None:
+    model, requests = load(tiny_folder), mixed_requests()
+    together = generate_all(model, requests)
+    alone = [generate_all(model, [request])[0] for request in requests]
+    assert same_results(together, alone)
+    plain = generate_all(model, [replace(request, interventions=()) for request in requests])
+    for i, (steered, other) in enumerate(zip(together, plain, strict=True)):
+        # Rows that nothing acts on keep their bits; the others really differ.
+        assert (steered == other) == (i % 4 == 0)
+
+
+def test_a_steered_row_is_that_of_a_hook_set_by_hand(tiny_folder: Path) -> None:
+    model = load(tiny_folder)
+    request = mixed_requests()[1]
+    vector = 6.0 * torch.from_numpy(unit(0))
+    steered = generate_all(model, [request])
+    handle = model.model.model.layers[0].register_forward_hook(lambda module, args, output: output + vector)
+    by_hand = generate_all(model, [replace(request, interventions=())])
+    handle.remove()
+    assert same_results(steered, by_hand)
+    assert not same_results(steered, generate_all(model, [replace(request, interventions=())]))
+
+
+def test_interventions_that_do_not_fit_the_model_are_refused_and_leave_no_hook(tiny_folder: Path) -> None:
+    model = load(tiny_folder)
+    for bad in (
+        {"op": "add", "coefficient": 1.0, "layer": 5},
+        {"op": "add", "coefficient": 1.0, "direction": unit(0, 48)},
+    ):
+        with pytest.raises(InputError, match=r"layer 5|width 48"):
+            generate_all(model, [replace(mixed_requests()[0], interventions=spec(bad))])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.modules())
+
+
+@pytest.mark.parametrize("interventions", [False, True])
+def test_out_of_memory_halves_the_batch_and_loses_nothing(tiny_folder: Path, caplog, interventions: bool) -> None:
+    model = load(tiny_folder)
+    requests = mixed_requests()
+    if not interventions:
+        requests = [replace(request, interventions=()) for request in requests]
     expected = generate_all(model, requests)
     sizes = []
 
@@ -125,8 +187,10 @@ def test_the_context_bounds_prompt_and_answer(tiny_folder: Path) -> None:
 
 def test_what_the_engine_cannot_do_is_refused_not_ignored(tiny_folder: Path) -> None:
     model = load(tiny_folder)
-    with pytest.raises(InputError, match="interventions or a capture"):
-        generate_all(model, [GenerationRequest(id="a", token_ids=(5,), max_tokens=1, interventions=("add",))])
+    with pytest.raises(InputError, match="asks for a capture"):
+        generate_all(model, [GenerationRequest(id="a", token_ids=(5,), max_tokens=1, capture="layer 1")])
+    with pytest.raises(ValueError, match="expected a resolved spec"):
+        GenerationRequest(id="a", token_ids=(5,), max_tokens=1, interventions=("add",))
 
 
 def test_progress_counts_every_token_once(model, requests) -> None:

@@ -4,12 +4,25 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
+from src.common.cli import parse_config
+from src.common.errors import InputError
+from src.common.interventions import parse_steer
+from src.common.model_config import ModelConfigBase
+from src.models.chat_format import PersonaRenderer
+from src.models.hooks import Location
+from src.models.language_model import LanguageModel, generate_all
+from src.models.teacher_forcing import mean_projections
+from src.models.token_sequences import TokenSequence
+from src.models.types import GenerationRequest
+from src.run_personas import RunPersonasConfig, main
 from tests.conftest import ROOT, heeds_ctrl_c, module_command
+from tests.steering_specs import write_tiny_directions
 
 PROMPTS = [{"id": f"p{i}", "prompt": text} for i, text in enumerate(["Who are you?", "What is rain?", "Why sing?"])]
 PERSONAS = [
@@ -280,10 +293,10 @@ def bad_inputs(folder: Path, model: Path) -> dict[str, tuple[list[str], list[str
         "unknown bundled model": (replaced("--model_id", "bundled:gpt"), ["bundled:gpt", "bundled:smollm2-135m"]),
         "unknown style": ([*good, "--system_prompt_style", "foo"], ["--system_prompt_style 'foo'", "act-as"]),
         "broken template": ([*good, "--chat_template", str(folder / "broken.jinja")], ["broken.jinja:2", "Jinja"]),
-        "vllm": ([*good, "--backend", "vllm"], ["--backend vllm", "--backend hf"]),
         "bad number": ([*good, "--max_tokens", "many"], ["--max_tokens", "many", "whole number"]),
         "unwritable folder": (replaced("--output_dir", "/proc/nowhere/out"), ["/proc/nowhere/out", "folder"]),
         "missing flag": (good[2:], ["--prompts_json"]),
+        **({} if find_spec("vllm") else {"vllm": ([*good, "--backend", "vllm"], ["--backend vllm", "--backend hf"])}),
     }
 
 
@@ -336,3 +349,103 @@ def test_help_names_every_flag_in_both_spellings(run_module: Callable) -> None:
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert any("thinking_mode" in line and "false" in line.lower() for line in done.stdout.split("\n"))
+
+
+def personas(*words: str) -> None:
+    """The command in this process: what a process of its own would do, without importing everything anew."""
+    main(parse_config(RunPersonasConfig, words))
+
+
+@pytest.fixture(scope="module")
+def directions(inputs: Path, tiny_folder: Path) -> Path:
+    return write_tiny_directions(inputs / "d.safetensors", tiny_folder)
+
+
+def test_a_steered_run_holds_what_the_model_gives_by_hand(inputs, tiny_folder, directions, tmp_path) -> None:
+    """Every persona and prompt through the library; the projection is that of the steered response."""
+    flags = ["--steer", f"{directions}:0:6", "--project_onto", f"{directions}:1", "--batch_size", "2", "--turns"]
+    words = arguments(inputs, tiny_folder, tmp_path / "x", *flags, str(inputs / "turns.json"))
+    personas(*words)
+    rows = rows_of(tmp_path / "x")
+    assert all(list(row) == [*KEYS, "mean_projection"] for row in rows) and len(rows) == 27
+    model = LanguageModel.load(ModelConfigBase(model_id=str(tiny_folder), output_dir=Path("unused")))
+    renderer = PersonaRenderer(model.tokenizer)
+    one, direction = (
+        model.resolve([parse_steer(f"{directions}:0:6")]),
+        model.resolve([parse_steer(f"{directions}:1:1")]),
+    )
+    articles = {p["persona"]: p["article"] for p in PERSONAS}
+    for row in [row for row in rows if row["turn"] == 0][:4]:
+        ids = renderer.render(row["prompt"], row["persona"], articles[row["persona"]]).token_ids
+        request = GenerationRequest(id="a", token_ids=ids, max_tokens=6, interventions=one)
+        result = generate_all(model, [request])[0]
+        assert row["response"] == result.text
+        forced = TokenSequence(id="a", token_ids=(*ids, *result.token_ids), prompt_length=len(ids))
+        mean = mean_projections(model, [(forced, one)], Location(1, "resid_post"), direction.operations[0].direction)
+        assert row["mean_projection"] == pytest.approx(mean[0], abs=1e-4)
+    provenance = json.loads((tmp_path / "x" / "provenance.json").read_text())
+    assert provenance["interventions_fingerprint"] == one.fingerprint
+    assert json.loads((tmp_path / "x" / "summary.json").read_text())["overall"]["mean_projection"]["n"] == 27
+
+
+def test_a_coefficient_of_zero_and_a_projection_change_no_answer(inputs, tiny_folder, directions, tmp_path) -> None:
+    flags = {
+        "plain": [],
+        "zero": ["--steer", f"{directions}:0:0"],
+        "projected": ["--project_onto", f"{directions}:best"],
+    }
+    rows = {}
+    for name, more in flags.items():
+        personas(*arguments(inputs, tiny_folder, tmp_path / name, *more))
+        rows[name] = rows_of(tmp_path / name)
+    assert rows["plain"] == rows["zero"]
+    assert [{k: v for k, v in row.items() if k != "mean_projection"} for row in rows["projected"]] == rows["plain"]
+    assert all(isinstance(row["mean_projection"], float) for row in rows["projected"])
+
+
+def test_a_steered_run_cut_off_ends_as_the_whole_one_and_is_refused_with_others(
+    inputs, tiny_folder, directions, tmp_path
+) -> None:
+    flags = ["--steer", f"{directions}:0:6", "--project_onto", f"{directions}:1", "--batch_size", "4"]
+    words = arguments(inputs, tiny_folder, tmp_path / "x", *flags)
+    personas(*words)
+    whole = rows_of(tmp_path / "x")
+    path = tmp_path / "x" / "results.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[2:7]) + b'{"id": "abc", "pers')
+    personas(*words)
+    for row, other in zip(rows_of(tmp_path / "x"), whole, strict=True):
+        assert (row["id"], row["response"]) == (other["id"], other["response"])
+        assert row["mean_projection"] == pytest.approx(other["mean_projection"], abs=2e-4)
+    kept = directions.read_bytes()
+    write_tiny_directions(directions, tiny_folder, best_layer=0)
+    try:
+        with pytest.raises(InputError, match=r"d\.safetensors was"):
+            personas(*words)
+    finally:
+        directions.write_bytes(kept)
+    words[words.index("--steer") + 1] = f"{directions}:0:7"
+    with pytest.raises(InputError, match="steer was"):
+        personas(*words)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--steer", "nowhere.safetensors:0:1"], r"nowhere.safetensors: no such file"),
+        (["--steer", "FILE:9:1"], r"--steer .*layers 9.*0 to 1"),
+        (["--steer", "FILE:0"], "FILE:LAYERS:COEFFICIENT"),
+        (["--interventions_path", "nowhere.json"], r"nowhere.json: no such file"),
+        (["--steer", "FILE:0:1", "--interventions_path", "s.json"], "exclude each other"),
+        (["--project_onto", "FILE"], "expected FILE:LAYER"),
+        (["--project_onto", "FILE:9"], "--project_onto .*layers 9"),
+        (["--steer", "FILE:0:1", "--backend", "vllm"], "--steer runs on transformers only; take --backend hf"),
+        (["--project_onto", "FILE:0", "--backend", "vllm"], "--project_onto runs on transformers only"),
+    ],
+)
+def test_bad_interventions_are_refused_before_a_model_is_loaded(
+    inputs, tiny_folder, directions, tmp_path, flags, expected
+) -> None:
+    words = [word.replace("FILE", str(directions)) for word in flags]
+    with pytest.raises(InputError, match=expected):
+        personas(*arguments(inputs, tiny_folder, tmp_path / "x", *words))
+    assert not (tmp_path / "x").exists()

@@ -15,6 +15,7 @@ from src.models.chat_format import PersonaRenderer
 from src.models.language_model import LanguageModel, generate_all
 from src.models.types import GenerationRequest, GenerationResult
 from tests.conftest import ROOT
+from tests.steering_specs import spec
 from tests.vllm_process import results_of, run_jobs
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -148,8 +149,11 @@ def test_a_k_outside_the_vocabulary_is_refused(vllm_engine, requests, k: int) ->
 
 
 def test_what_the_engine_cannot_do_is_refused_not_ignored(vllm_engine) -> None:
-    with pytest.raises(InputError, match="interventions or a capture"):
-        generate_all(vllm_engine, [GenerationRequest(id="a", token_ids=(5,), max_tokens=1, interventions=("add",))])
+    request = GenerationRequest(id="a", token_ids=(5,), max_tokens=1)
+    with pytest.raises(InputError, match=r"'a' asks for interventions.*--backend hf"):
+        generate_all(vllm_engine, [replace(request, interventions=spec({"op": "add", "coefficient": 1.0}))])
+    with pytest.raises(InputError, match="'a' asks for a capture"):
+        generate_all(vllm_engine, [replace(request, capture="layer 1")])
 
 
 def test_an_interrupted_call_leaves_nothing_running(vllm_engine, requests, expected) -> None:
@@ -184,7 +188,7 @@ def test_an_async_request_that_nobody_waits_for_is_dropped(vllm_engine, requests
             async for _ in engine.stream(replace(requests[0], max_tokens=900)):
                 break
             with pytest.raises(InputError, match="interventions"):
-                await engine.generate(replace(requests[1], interventions=("add",)))
+                await engine.generate(replace(requests[1], interventions=spec({"op": "add", "coefficient": 1.0})))
             await engine.generate(replace(requests[2], max_tokens=2))
             assert not vllm_engine._engine.has_unfinished_requests()
 

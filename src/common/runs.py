@@ -37,7 +37,9 @@ from src.common.settings import row_fields, to_json
 
 LOGGER = logging.getLogger(__name__)
 # Facts that results depend on but that no setting shows: weights can change under the same name, `auto` its choice.
-PINNED = ("model_fingerprint", "adapter_fingerprint", "format_fingerprint", "dtype", "backend")
+PINNED = (
+    "model_fingerprint", "adapter_fingerprint", "format_fingerprint", "dtype", "backend", "interventions_fingerprint",
+)  # fmt: skip
 
 
 def start_run(config: RunConfigBase, command: str, inputs: Sequence[Path] = ()) -> "Run":

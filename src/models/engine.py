@@ -40,12 +40,15 @@ class Engine(Protocol):
     def __exit__(self, *error: Any) -> None: ...
 
 
-def choose_backend(config: EngineConfigBase) -> tuple[str, str]:
+def choose_backend(config: EngineConfigBase, only_hf: str | None = None) -> tuple[str, str]:
     """
     "hf" or "vllm", and why. Neither engine is imported; torch is only asked for its devices.
 
-    Raises InputError when vLLM is asked for and not installed, or for a setting that only vLLM has.
+    only_hf: the flag or command, if there is one, that only transformers can serve. Raises InputError when vLLM is
+    asked for and not installed, or cannot do what is asked.
     """
+    if only_hf and config.backend == "vllm":
+        raise InputError(f"--backend vllm: {only_hf} runs on transformers only; take --backend hf or auto")
     installed = importlib.util.find_spec("vllm") is not None
     if config.backend == "vllm":
         if not installed:
@@ -56,6 +59,8 @@ def choose_backend(config: EngineConfigBase) -> tuple[str, str]:
         return "vllm", "asked for"
     if config.backend == "hf":
         return "hf", "asked for"
+    if only_hf:
+        return "hf", f"{only_hf} runs on it only"
     if not installed:
         return "hf", "vLLM is not installed"
     if config.quantization != "none":
@@ -67,13 +72,14 @@ def choose_backend(config: EngineConfigBase) -> tuple[str, str]:
     return ("vllm", "installed, on CUDA") if device.type == "cuda" else ("hf", f"the device is {device.type}")
 
 
-def load_engine(config: EngineConfigBase, batch_size: int) -> Engine:
+def load_engine(config: EngineConfigBase, batch_size: int, only_hf: str | None = None) -> Engine:
     """
-    The engine that a command's settings name, loaded; it says which and why. batch_size: rows decoded at once.
+    The engine that a command's settings name, loaded; it says which and why. batch_size: rows decoded at once. only_hf:
+    as for `choose_backend`.
 
     Raises what the engines raise.
     """
-    backend, reason = choose_backend(config)
+    backend, reason = choose_backend(config, only_hf)
     LOGGER.info("Generating on %s (%s)", {"hf": "transformers", "vllm": "vLLM"}[backend], reason)
     if backend == "vllm":
         from src.models.vllm_engine import VLLMEngine

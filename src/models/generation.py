@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from src.common.errors import InputError
 from src.models.kv_cache import growing_cache
+from src.models.steering import steered
 from src.models.types import GenerationRequest
 from src.ops.metrics import token_uncertainty
 from src.ops.sampling import next_tokens
@@ -160,14 +161,20 @@ def decode_batch(
     on_tokens: Callable[[int], None],
 ) -> None:
     """
-    Decode `requests` together; `on_row(row, finish_reason)` as each ends, `on_tokens(n)` after every step.
+    Decode `requests` together, each under its own interventions; `on_row(row, finish_reason)` as each ends,
+    `on_tokens(n)` after every step. Without interventions no hook is set.
 
-    Raises InputError when the logits hold NaN.
+    Raises InputError when the logits hold NaN, and what `steered` raises.
     """
+    specs, lengths = [r.spec for r in requests], [len(r.token_ids) for r in requests]
     batch = Batch(model, requests, pad_id, k)
-    while batch.rows:
-        n_rows = len(batch.rows)
-        ended = batch.step(eos_ids)
-        on_tokens(n_rows - sum(reason == "stop" for _, reason in ended))
-        for row, reason in ended:
-            on_row(row, reason)
+    with steered(model, specs, lengths) as steering:
+        while batch.rows:
+            before = batch.rows
+            ended = batch.step(eos_ids)
+            on_tokens(len(before) - sum(reason == "stop" for _, reason in ended))
+            if ended:
+                gone = {id(row) for row, _ in ended}
+                steering.keep([i for i, row in enumerate(before) if id(row) not in gone])
+            for row, reason in ended:
+                on_row(row, reason)

@@ -10,8 +10,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from src.common.errors import InputError
+from src.common.interventions import Entry
 from src.common.model_config import ModelConfigBase
+from src.common.resolved_interventions import ResolvedSpec, resolve
 from src.models import loading
+from src.models.architectures import decoder_layers
 from src.models.cpu_linear import packed_linears
 from src.models.devices import FREE_MEMORY_SHARE, free_memory, is_out_of_memory
 from src.models.engine import Engine
@@ -64,11 +67,12 @@ class LanguageModel:
         top_k: int = 5,
     ) -> None:
         """
-        Continue every request; `on_result` gets each result as soon as it is there, in no fixed order.
+        Continue every request under its own interventions; `on_result` gets each result as soon as it is there, in no
+        fixed order.
 
         on_tokens: called after each step with the number of tokens it added. batch_size: rows at once, fewer where
         memory is short; a result does not depend on it. Raises InputError when a prompt fills the context, when
-        top_k exceeds the vocabulary, and when the logits hold NaN.
+        top_k exceeds the vocabulary, when the logits hold NaN, and for interventions that do not fit the model.
         """
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
         if not 1 <= top_k <= vocabulary:
@@ -78,6 +82,17 @@ class LanguageModel:
         with torch.inference_mode(), packed_linears(self.model):
             pass_on = lambda row, reason: on_result(self._result(row, reason))  # noqa: E731
             self._drain(queue, batch_size, top_k, pass_on, on_tokens)
+
+    def resolve(self, entries: Sequence[Entry], allow_model_mismatch: bool = False) -> ResolvedSpec:
+        """The entries of an interventions spec made concrete for this model. Raises InputError as `resolve` there."""
+        return resolve(
+            entries,
+            n_layers=len(decoder_layers(self.model)),
+            d_model=self.model.config.get_text_config(decoder=True).hidden_size,
+            model_fingerprint=self.facts.get("model_fingerprint"),
+            adapter_fingerprint=self.facts.get("adapter_fingerprint"),
+            allow_model_mismatch=allow_model_mismatch,
+        )
 
     def close(self) -> None:
         """Nothing to end; every engine has it."""
@@ -94,10 +109,8 @@ class LanguageModel:
 
     def _refuse_unsupported(self, requests: Sequence[GenerationRequest]) -> None:
         for request in requests:
-            if request.interventions or request.capture is not None:
-                raise InputError(
-                    f"request {request.id!r} asks for interventions or a capture, which this engine cannot do"
-                )
+            if request.capture is not None:
+                raise InputError(f"request {request.id!r} asks for a capture, which this engine cannot do")
             if self.context_length and len(request.token_ids) >= self.context_length:
                 raise InputError(
                     f"request {request.id!r}: its prompt has {len(request.token_ids)} tokens and the model's context "

@@ -181,6 +181,35 @@ def read_rows(folder: Path, ids: Sequence[str]) -> Tensor:
     return torch.cat([parts[i] for i in ids])
 
 
+class LayerReader:
+    """
+    The rows of a finished store one layer at a time, so that memory holds one layer's rows whatever the number of
+    layers. For stores with one row a sequence. Raises InputError as `read_shards`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._places: dict[str, tuple[Path, int]] = {}
+        for entry, shard in zip(read_manifest(folder)["shards"], read_shards(folder), strict=True):
+            assert len(shard.rows) == len(shard.ids), f"{folder}: {len(shard.rows)} rows of {len(shard.ids)} sequences"
+            self._places |= {each: (folder / entry["file"], i) for i, each in enumerate(shard.ids)}
+
+    def rows(self, ids: Sequence[str], column: int) -> Tensor:
+        """float32 (len(ids), 1, d_model) of the `column`-th layer of the store, in the order of `ids`."""
+        by_file: dict[Path, list[tuple[int, int]]] = {}
+        for target, each in enumerate(ids):
+            path, source = self._places[each]
+            by_file.setdefault(path, []).append((target, source))
+        rows: Tensor | None = None
+        for path, pairs in by_file.items():
+            with safe_open(path, "pt") as file:
+                part = file.get_slice("rows")[:, column : column + 1]
+            targets, sources = torch.tensor(pairs).T
+            rows = part.new_full((len(ids), *part.shape[1:]), torch.nan) if rows is None else rows
+            rows[targets] = part[sources]
+        assert rows is not None, "rows of no ids"
+        return rows
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """`settings` as given and `shards`: file, sequences, rows, sha256 each. Raises InputError when there is none."""
     path = folder / MANIFEST_NAME
@@ -222,5 +251,6 @@ def _entry(path: Path) -> dict[str, Any]:
 
 
 def _digest(sequence: TokenSequence) -> str:
-    content = json.dumps([sequence.prompt_length, *sequence.token_ids])
+    span = [] if sequence.text_span is None else [list(sequence.text_span)]
+    content = json.dumps([sequence.prompt_length, *sequence.token_ids, *span])
     return hashlib.sha256(content.encode()).hexdigest()[:16]

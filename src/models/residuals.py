@@ -52,7 +52,9 @@ def extract(
     layers: from 0; layer i's `resid_post` is the output of decoder block i, the last one's too (never after the final
     norm). hook_point: resid_pre, resid_post, attn_out or mlp_out, as in `hooks`. position:
     - `last_prompt`, the prompt's last token; `token:-k`, its k-th from the end (`token:-1` is `last_prompt`)
-    - `mean_prompt`, `mean_response`: the mean over all of their tokens, special ones included, summed in float32
+    - `mean_prompt`: the mean over the sequence's `text_span`, or over the whole prompt where it has none; the first
+      token's norm then outweighs all others in many models (massive activations, Sun et al. 2024)
+    - `mean_response`: the mean over the response's tokens, special ones included; both means are summed in float32
     - `all`: every token of prompt and response; `on_rows` is then called once a sequence, with one id and its rows
       (tokens, len(layers), d_model)
     tokens_per_batch: padded tokens at once, halved when memory runs out; a longer sequence goes alone. A row depends on
@@ -174,7 +176,7 @@ def _reduction(spans: Sequence[tuple[int, int]], position: TokenPosition, ids: T
 def _checked(
     model: nn.Module, sequences: Iterable[TokenSequence], n_run: Callable[[TokenSequence], int]
 ) -> Iterator[TokenSequence]:
-    limit, vocabulary = context_length(model), model.get_input_embeddings().weight.shape[0]
+    limit, vocabulary = context_length(model.config), model.get_input_embeddings().weight.shape[0]
     seen: set[str] = set()
     for sequence in sequences:
         if sequence.id in seen:

@@ -22,12 +22,20 @@ class TokenSequence:
     """Prompt and response, special tokens included; never retokenized."""
     prompt_length: int
     """How many of the tokens are the prompt's; the rest is the response."""
+    text_span: tuple[int, int] | None = None
+    """[start, end) of the prompt's tokens that are the user's own text, which `mean_prompt` is over; None is all of the
+    prompt, where the first token, whose norm is a hundred times the others' in many models, makes up the mean."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.prompt_length <= len(self.token_ids):
             raise InputError(
                 f"sequence {self.id!r}: a prompt of {self.prompt_length} tokens in a sequence of "
                 f"{len(self.token_ids)}; expected at least one, and no more than the sequence has"
+            )
+        if self.text_span is not None and not 0 <= self.text_span[0] < self.text_span[1] <= self.prompt_length:
+            raise InputError(
+                f"sequence {self.id!r}: a text_span of {self.text_span} in a prompt of {self.prompt_length} tokens; "
+                f"expected at least one token, and no more than the prompt has"
             )
 
 
@@ -56,7 +64,7 @@ class TokenPosition:
             case "all":
                 return 0, end
             case "mean_prompt":
-                return 0, prompt
+                return sequence.text_span or (0, prompt)
             case "mean_response":
                 if prompt == end:
                     raise InputError(

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from src.common.resolved_interventions import ResolvedSpec
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
@@ -18,8 +20,8 @@ class GenerationRequest:
     """0 is greedy; otherwise tokens are drawn from softmax(logits / temperature)."""
     seed: int = 0
     """Seed of this request's own generator, so that its tokens do not depend on its batch mates."""
-    interventions: tuple[Any, ...] = ()
-    """Entries of an interventions spec that act on this request only."""
+    interventions: ResolvedSpec | tuple[()] = ()
+    """What is done to the hidden states of this request only; () for nothing."""
     capture: Any | None = None
     """Which hidden states to keep, or None."""
 
@@ -30,6 +32,14 @@ class GenerationRequest:
             raise ValueError(f"request {self.id!r}: max_tokens is {self.max_tokens}; it must be at least 1")
         if self.temperature < 0:
             raise ValueError(f"request {self.id!r}: temperature is {self.temperature}; it must be 0 or more")
+        if not isinstance(self.interventions, ResolvedSpec) and self.interventions != ():
+            raise ValueError(f"request {self.id!r}: interventions are {self.interventions!r}; expected a resolved spec")
+
+    @property
+    def spec(self) -> ResolvedSpec | None:
+        """The interventions, None when there is nothing to do."""
+        is_idle = not isinstance(self.interventions, ResolvedSpec) or not self.interventions.operations
+        return None if is_idle else self.interventions
 
 
 @dataclass(frozen=True, kw_only=True)

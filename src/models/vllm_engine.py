@@ -127,10 +127,9 @@ class VLLMEngine:
         if not 1 <= top_k <= vocabulary:
             raise InputError(f"top-k mass of {top_k} tokens: expected 1 to the vocabulary's {vocabulary}")
         for request in requests:
-            if request.interventions or request.capture is not None:
-                raise InputError(
-                    f"request {request.id!r} asks for interventions or a capture, which this engine cannot do"
-                )
+            if request.spec or request.capture is not None:
+                what = "a capture" if request.capture is not None else "interventions"
+                raise InputError(f"request {request.id!r} asks for {what}, which vLLM cannot do here; --backend hf can")
             if self.context_length and len(request.token_ids) >= self.context_length:
                 raise InputError(
                     f"request {request.id!r}: its prompt has {len(request.token_ids)} tokens and the model's context "

@@ -2,60 +2,22 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from src.common.errors import InputError
-from src.common.jsonl import JsonlWriter, read_jsonl, repair_torn_tail, round_fields, write_jsonl_atomic
+from src.common.resolved_interventions import ResolvedSpec
+from src.common.results import Results, Row, row_seed
 from src.common.rows import Prompt
 from src.models.chat_format import Message, PersonaRenderer, RenderedPrompt
 from src.models.engine import Engine
+from src.models.projections import Projection
 from src.models.thinking import ThinkingReader
 from src.models.types import GenerationRequest, GenerationResult
-from src.personas.rows import MEASURED_FIELDS, Asked, results_row
+from src.personas.rows import PROJECTION, Asked, results_row
 from src.personas.settings import PersonaSettings
-from src.personas.tasks import Task, row_seed
+from src.personas.tasks import Task
 from src.personas.token_arrays import TokenArrays
 
 LOGGER = logging.getLogger(__name__)
-Row = dict[str, object]
-FILE_NAME = "results.jsonl"
-
-
-class Results:
-    """The rows of a run: those that an earlier start left, and those that this one adds."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / FILE_NAME
-        repair_torn_tail(self.path)
-        self.rows: dict[str, Row] = {}
-        if self.path.exists():
-            for number, row in read_jsonl(self.path):
-                if row.get("id") in self.rows or "id" not in row:
-                    raise InputError(f"{self.path}:{number}: a row without an id or twice; expected each id once")
-                self.rows[str(row["id"])] = row
-        self._writer = JsonlWriter(self.path)
-
-    def refuse_other_prompts(self, tasks: Sequence[Task]) -> None:
-        """Raises InputError where a row answers another prompt than its task asks: their source has changed."""
-        for task in tasks:
-            row = self.rows.get(task.row_id(0))
-            if row is not None and row["prompt"] != task.prompt.text:
-                raise InputError(
-                    f"{self.path}: the row of prompt {task.prompt.id!r} answers {str(row['prompt'])[:60]!r}, "
-                    f"and the prompt is now {task.prompt.text[:60]!r}; choose another --output_dir"
-                )
-
-    def add(self, row: Row) -> None:
-        row = round_fields(row, MEASURED_FIELDS)
-        self._writer.write(row)
-        self.rows[str(row["id"])] = row
-
-    def finish(self, order: Sequence[str]) -> None:
-        """Rewrite the file in the order of `order`; rows of an earlier, larger call come after."""
-        self._writer.close()
-        listed = dict.fromkeys(order)
-        self.rows = {key: self.rows[key] for key in [*listed, *(k for k in self.rows if k not in listed)]}
-        write_jsonl_atomic(self.path, self.rows.values())
 
 
 def all_row_ids(tasks: Sequence[Task], follow_ups: Sequence[Prompt]) -> list[str]:
@@ -73,9 +35,12 @@ class Conversations:
 
     def __init__(
         self, config: PersonaSettings, tasks: Sequence[Task], follow_ups: Sequence[Prompt], engine: Engine,
-        renderer: PersonaRenderer,
+        renderer: PersonaRenderer, spec: ResolvedSpec | None = None, projection: Projection | None = None,
     ) -> None:  # fmt: skip
+        """spec: what acts on every row. projection: what the answers are projected on; the engine runs on hf then."""
         self.config = config
+        self.spec = spec
+        self.projection = projection
         self.tasks = tasks
         self.follow_ups = follow_ups
         self.engine = engine
@@ -99,26 +64,55 @@ class Conversations:
             open_tasks = [task for task in self.tasks if task.row_id(turn) not in results.rows]
             asked = {task.row_id(turn): (task, self._rendered(task, turn, results)) for task in open_tasks}
 
-            def note(result: GenerationResult, turn: int = turn, asked: dict = asked) -> None:
+            def note(
+                result: GenerationResult, measured: Row | None = None, turn: int = turn, asked: dict = asked
+            ) -> None:
                 task, prompt = asked[result.id]
                 if arrays:
                     arrays.add(result)
-                results.add(self._row(task, turn, prompt, result))
+                results.add(self._row(task, turn, prompt, result) | (measured or {}))
                 on_row()
 
             requests = []
             for row_id, (_, prompt) in asked.items():
                 if self._fills_context(prompt):
-                    note(unanswered(row_id))
+                    note(unanswered(row_id), {PROJECTION: None} if self.projection else None)
                 else:
                     requests.append(self._request(row_id, prompt))
-            self.engine.generate(
-                requests,
-                on_result=note,
-                on_tokens=on_tokens,
-                batch_size=self.config.batch_size,
-                top_k=self.config.top_k_mass_k,
-            )
+            if self.projection:
+                self._generate_and_project(requests, note, on_tokens)
+            else:
+                self._generate(requests, note, on_tokens)
+
+    def _generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        on_result: Callable[[GenerationResult], None],
+        on_tokens: Callable[[int], None],
+    ) -> None:
+        self.engine.generate(
+            requests,
+            on_result=on_result,
+            on_tokens=on_tokens,
+            batch_size=self.config.batch_size,
+            top_k=self.config.top_k_mass_k,
+        )
+
+    def _generate_and_project(
+        self,
+        requests: Sequence[GenerationRequest],
+        note: Callable[[GenerationResult, Row], None],
+        on_tokens: Callable[[int], None],
+    ) -> None:
+        """Batch by batch: a row is whole, and written, only when its answer has been run through the model again."""
+        longest_first = sorted(requests, key=lambda r: -len(r.token_ids))
+        for start in range(0, len(longest_first), self.config.batch_size):
+            batch = {request.id: request for request in longest_first[start : start + self.config.batch_size]}
+            results: list[GenerationResult] = []
+            self._generate(list(batch.values()), results.append, on_tokens)
+            projected = self.projection([(batch[result.id], result) for result in results])
+            for result, mean in zip(results, projected, strict=True):
+                note(result, {PROJECTION: mean})
 
     def _question(self, task: Task, turn: int) -> str:
         return task.prompt.text if turn == 0 else self.follow_ups[turn - 1].text
@@ -152,6 +146,7 @@ class Conversations:
             max_tokens=self.config.max_tokens,
             temperature=self.config.temperature,
             seed=row_seed(self.config.seed, row_id),
+            interventions=self.spec or (),
         )
 
     def _row(self, task: Task, turn: int, prompt: RenderedPrompt, result: GenerationResult) -> Row:

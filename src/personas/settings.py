@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from src.common.engine_config import EngineConfigBase
 from src.common.errors import InputError
 from src.common.experiment_config import WorkerConfigBase
+from src.common.intervention_config import InterventionConfigBase
 from src.common.settings import setting
 from src.common.system_prompts import check_style
 
@@ -13,7 +13,7 @@ AT_LEAST_ONE = ("num_tasks", "num_personae", "n_reps", "max_tokens", "batch_size
 
 
 @dataclass(kw_only=True)
-class PersonaSettings(EngineConfigBase, WorkerConfigBase):
+class PersonaSettings(InterventionConfigBase, WorkerConfigBase):
     """Fields of `src.run_personas`."""
 
     prompts_json: str = setting()

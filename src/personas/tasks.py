@@ -1,10 +1,9 @@
 """The tasks of a persona run: personas × prompts × repeats, each a conversation of one or more turns."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from src.common.results import make_id
 from src.common.rows import Persona, Prompt
 
 
@@ -18,15 +17,9 @@ class Task:
 
     def row_id(self, turn: int) -> str:
         """16 hex digits that name the row of one turn, the same in every run and on every machine."""
-        parts = [self.persona.persona, self.persona.category, self.prompt.id, self.rep_idx, turn]
-        return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode()).hexdigest()[:16]
+        return make_id(self.persona.persona, self.persona.category, self.prompt.id, self.rep_idx, turn)
 
 
 def build_tasks(personas: Sequence[Persona], prompts: Sequence[Prompt], n_reps: int) -> list[Task]:
     """Every persona with every prompt, `n_reps` times; persona by persona, then prompt by prompt."""
     return [Task(persona, prompt, rep) for persona in personas for prompt in prompts for rep in range(n_reps)]
-
-
-def row_seed(seed: int, row_id: str) -> int:
-    """A row's own seed in 0 … 2³² − 1, from the run's seed and the row's id."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{row_id}".encode()).digest()[:4])

@@ -1,11 +1,9 @@
-"""The bar of a running persona command: rows done, rows and tokens a second, time left."""
+"""The bar of a command that generates: rows done, rows and tokens a second, time left."""
 
 import sys
 import time
 from types import TracebackType
 from typing import Self
-
-from tqdm import tqdm
 
 SECONDS_BETWEEN_UPDATES = 0.5
 
@@ -14,6 +12,8 @@ class Progress:
     """A context manager; the rates count what this start added, not what it found."""
 
     def __init__(self, total: int, done: int) -> None:
+        from tqdm import tqdm
+
         self.tokens = 0
         self._started = self._shown = time.monotonic()
         self._bar = tqdm(

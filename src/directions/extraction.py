@@ -1,0 +1,103 @@
+"""Hidden states of all examples on disk: what is there is kept, what is missing is run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from src.common.errors import InputError
+from src.common.progress import Progress
+from src.directions.settings import DirectionSettings
+from src.models.devices import FREE_MEMORY_SHARE, free_memory
+from src.models.language_model import LanguageModel
+from src.models.residual_store import LayerReader, ResidualStore
+from src.models.residuals import extract
+from src.models.token_sequences import TokenPosition, TokenSequence
+
+COPIES = 6
+"""Of one layer's float32 rows that are held at once: float64 ones of both classes, factors, one of a shuffle."""
+
+
+def extract_all(
+    config: DirectionSettings,
+    facts: dict[str, Any],
+    sequences: Sequence[TokenSequence],
+    layers: Sequence[int],
+    folder: Path,
+) -> LayerReader:
+    """
+    The rows of every sequence at every layer, kept in `folder`; the model is loaded only where some are missing.
+
+    Raises InputError as `extract` does, and when `folder` holds rows of another model or position.
+    """
+    settings = {
+        "model_fingerprint": facts["model_fingerprint"],
+        "adapter_fingerprint": facts["adapter_fingerprint"],
+        "dtype": facts["dtype"],
+        "quantization": config.quantization,
+        "layers": list(layers),
+        "hook_point": config.hook_point,
+        "token_position": config.token_position,
+    }
+    with ResidualStore(folder, settings) as store:
+        missing = list(store.missing(sequences))
+        if missing:
+            _run(config, missing, layers, store, n_done=len(sequences) - len(missing))
+        store.finish()
+    return LayerReader(folder)
+
+
+def _run(
+    config: DirectionSettings, missing: list[TokenSequence], layers: Sequence[int], store: ResidualStore, n_done: int
+) -> None:
+    model = LanguageModel.load(config)
+    with Progress(total=n_done + len(missing), done=n_done) as progress:
+
+        def keep(ids: tuple[str, ...], rows: Any) -> None:
+            store.add(ids, rows)
+            for _ in ids:
+                progress.add_row()
+
+        extract(
+            model, missing, layers=layers, position=config.token_position, on_rows=keep, hook_point=config.hook_point,
+            tokens_per_batch=config.tokens_per_batch, on_tokens=progress.add_tokens,
+        )  # fmt: skip
+
+
+def refuse_same_tokens(sequences: Sequence[TokenSequence], position: str) -> None:
+    """
+    Raises InputError when a target and a control are the same to the model up to where they are read: a text cut to
+    the same end, or a run's row asked in the same words.
+    """
+    n_run = TokenPosition(position).n_run
+    sides: dict[str, list[TokenSequence]] = {}
+    for sequence in sequences:
+        sides.setdefault(sequence.id.split(":", 1)[0], []).append(sequence)
+    seen = {sequence.token_ids[: n_run(sequence)]: sequence.id for sequence in sides["target"]}
+    for sequence in sides["control"]:
+        same = seen.get(sequence.token_ids[: n_run(sequence)])
+        if same is not None:
+            raise InputError(
+                f"{sequence.id!r} and {same!r} are the same tokens to the model, one a control and one a target; leave "
+                f"one out, or raise --max_prompt_tokens if they were cut"
+            )
+
+
+def refuse_too_many(n: int, d_model: int) -> None:
+    """
+    Raises InputError when the rows of one layer and what estimators make of them do not fit in memory: n examples,
+    each of width d_model. One layer is held at a time, so the number of layers does not count.
+    """
+    needed = COPIES * n * d_model * 4 + 3 * 8 * min(n, d_model) * n
+    free = FREE_MEMORY_SHARE * free_memory(_cpu())
+    if needed > free:
+        most = int(n * free / needed)
+        raise InputError(
+            f"{n} examples need about {needed / 2**30:.1f} GiB for one layer, and {free / 2**30:.1f} may be taken; "
+            f"give --num_tasks so that there are at most about {most}"
+        )
+
+
+def _cpu() -> Any:
+    import torch
+
+    return torch.device("cpu")

@@ -1,0 +1,208 @@
+"""
+What a model makes of given tokens, steered and not: divergence of the next-token distributions, projections.
+
+Every token of prompt and response is run at once, each row under its own spec, padded and placed as in generation.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from src.common.errors import InputError
+from src.common.resolved_interventions import ResolvedSpec
+from src.models.cpu_linear import packed_linears
+from src.models.devices import is_out_of_memory
+from src.models.generation import left_padded, needs_equal_lengths
+from src.models.hooks import Location, reading
+from src.models.language_model import LanguageModel
+from src.models.steering import steered
+from src.models.token_sequences import TokenSequence
+from src.ops.interventions import projection
+
+LOGGER = logging.getLogger(__name__)
+TOKENS_PER_BATCH = 2048
+MAX_LOGITS = 1 << 25
+"""Logits of one pass that are held at a time; two passes are compared."""
+MAX_LOGITS_AT_ONCE = 1 << 22
+"""Logits in float32 and their products in float64, held while two passes are compared."""
+
+ForcedRow = tuple[TokenSequence, ResolvedSpec | None]
+"""Tokens to run, and what acts on them; None and specs without operations leave them as they are."""
+
+
+def kl_per_token(
+    model: LanguageModel, rows: Sequence[ForcedRow], *, tokens_per_batch: int = TOKENS_PER_BATCH
+) -> list[Tensor]:
+    """
+    For each row, at each token t of its response, in nats: float64 (response tokens,), ≥ 0, on the CPU.
+
+        KL(P ‖ Q) = Σ_x P(x | tokens before t)·(ln P(x | …) − ln Q(x | …)),   P unsteered, Q steered
+
+    On a response that was drawn from P, the sum over tokens estimates KL of whole responses without bias (chain rule:
+    Cover and Thomas 2006, theorem 2.5.3); with the arguments exchanged it would not. Log-probabilities in float32 of
+    untempered logits, summed in float64. The place behind the last token, where an end would be, does not count.
+    Both passes have the same rows in the same places, so that a spec that changes nothing gives exactly 0. Rows of
+    equal tokens share the unsteered pass. Raises InputError for an empty response, logits that are not finite, memory
+    that does not suffice for one sequence, and what `steered` raises.
+    """
+    found: list[Tensor | None] = [None] * len(rows)
+    groups: dict[tuple, list[int]] = {}
+    for i, (sequence, spec) in enumerate(rows):
+        n_response = _n_response(sequence)
+        if spec is None or not spec.operations:
+            found[i] = torch.zeros(n_response, dtype=torch.float64)
+        else:
+            groups.setdefault((sequence.token_ids, sequence.prompt_length), []).append(i)
+    members = list(groups.values())
+    vocabulary = model.model.get_output_embeddings().weight.shape[0]
+
+    def fits(batch: Sequence[int]) -> bool:
+        longest = max(_n_response(rows[members[g][0]][0]) for g in batch) + 1
+        return len(batch) * longest * vocabulary <= MAX_LOGITS
+
+    def run(batch: Sequence[int]) -> None:
+        sequences = [rows[members[g][0]][0] for g in batch]
+        kept = max(map(_n_response, sequences)) + 1
+        plain = _response_logits(model, sequences, [None] * len(batch), kept)
+        for turn in range(max(len(members[g]) for g in batch)):
+            acting = [members[g][turn] if turn < len(members[g]) else None for g in batch]
+            specs = [None if i is None else rows[i][1] for i in acting]
+            for i, p, q in zip(acting, plain, _response_logits(model, sequences, specs, kept), strict=True):
+                if i is not None:
+                    n = _n_response(rows[i][0])
+                    found[i] = _divergence(p[-n - 1 : -1], q[-n - 1 : -1], rows[i][0].id)
+
+    with torch.inference_mode(), packed_linears(model.model):
+        lengths = [len(rows[group[0]][0].token_ids) for group in members]
+        _in_batches(model, lengths, run, tokens_per_batch, fits)
+    return found
+
+
+def mean_projections(
+    model: LanguageModel,
+    rows: Sequence[ForcedRow],
+    place: Location,
+    direction: np.ndarray,
+    *,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+) -> list[float]:
+    """
+    For each row, the mean over all tokens of its response of ⟨h, direction⟩, h being what leaves `place` under the
+    row's spec, after any intervention there. direction: unit, float32 (d_model,). Projections in float32, their mean in
+    float64. The last token counts too, though in generation it never flows through the model. Raises as `kl_per_token`.
+    """
+    found: list[float | None] = [None] * len(rows)
+    for sequence, _ in rows:
+        _n_response(sequence)
+    unit = torch.from_numpy(np.array(direction, dtype=np.float32))
+
+    def run(batch: Sequence[int]) -> None:
+        sequences, specs = [rows[i][0] for i in batch], [rows[i][1] for i in batch]
+        projected: list[Tensor] = []
+
+        def note(hidden: Tensor) -> None:
+            projected[:] = [projection(hidden, unit.to(hidden.device)).cpu()]
+
+        _forward(model, sequences, specs, 1, {place: note})
+        for i, sequence, values in zip(batch, sequences, projected[0], strict=True):
+            found[i] = values[-_n_response(sequence) :].double().mean().item()
+            if not np.isfinite(found[i]):
+                raise InputError(_not_finite(sequence.id, "hidden states"))
+
+    with torch.inference_mode(), packed_linears(model.model):
+        _in_batches(model, [len(sequence.token_ids) for sequence, _ in rows], run, tokens_per_batch)
+    return found
+
+
+def _n_response(sequence: TokenSequence) -> int:
+    n_tokens = len(sequence.token_ids) - sequence.prompt_length
+    if not n_tokens:
+        raise InputError(f"sequence {sequence.id!r} has no response token, so nothing is measured on it; leave it out")
+    return n_tokens
+
+
+def _forward(
+    model: LanguageModel,
+    sequences: Sequence[TokenSequence],
+    specs: Sequence[ResolvedSpec | None],
+    n_kept: int,
+    callbacks: dict[Location, Callable[[Tensor], object]],
+) -> Tensor:
+    """Logits of the last `n_kept` columns or more, (rows, columns, vocabulary); each row ends in the last column."""
+    net = model.model
+    pad_id = model.tokenizer.pad_token_id if model.tokenizer.pad_token_id is not None else 0
+    ids, mask = left_padded([s.token_ids for s in sequences], pad_id, model.device)
+    accepted = inspect.signature(net.forward).parameters
+    extra = {"logits_to_keep": n_kept} if "logits_to_keep" in accepted else {}
+    if "position_ids" in accepted:
+        extra["position_ids"] = (mask.cumsum(dim=-1) - 1).clamp_min(0)
+    with steered(net, specs, [s.prompt_length for s in sequences]), reading(net, callbacks):
+        return net(input_ids=ids, attention_mask=mask, use_cache=False, **extra).logits
+
+
+def _response_logits(
+    model: LanguageModel, sequences: Sequence[TokenSequence], specs: Sequence[ResolvedSpec | None], n_kept: int
+) -> Tensor:
+    return _forward(model, sequences, specs, n_kept, {})[:, -n_kept:]
+
+
+def _divergence(p_logits: Tensor, q_logits: Tensor, name: str) -> Tensor:
+    """KL(P ‖ Q) of each row of two (tokens, vocabulary): float64 (tokens,) on the CPU."""
+    at_once = max(1, MAX_LOGITS_AT_ONCE // p_logits.shape[1])
+    parts = []
+    for p_some, q_some in zip(p_logits.split(at_once), q_logits.split(at_once), strict=True):
+        p, q = (x.float().log_softmax(dim=-1) for x in (p_some, q_some))
+        # Of a token that P never gives nothing counts, whatever Q gives it.
+        terms = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
+        parts.append(terms.cpu().double().sum(dim=-1).clamp_min(0.0))
+    divergence = torch.cat(parts)
+    if not divergence.isfinite().all():
+        raise InputError(_not_finite(name, "logits"))
+    return divergence
+
+
+def _not_finite(name: str, what: str) -> str:
+    return f"sequence {name!r}: its {what} are not finite; try a smaller coefficient, or --dtype float32"
+
+
+def _in_batches(
+    model: LanguageModel,
+    lengths: Sequence[int],
+    run: Callable[[Sequence[int]], None],
+    tokens_per_batch: int,
+    fits: Callable[[Sequence[int]], bool] = lambda batch: True,
+) -> None:
+    """`run` on lists of indices, longest first, within the budget and `fits`; halved when memory runs out."""
+    equal_lengths = needs_equal_lengths(model.model)
+    queue = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while queue:
+        batch = queue[:1]
+        for i in queue[1:]:
+            is_other = equal_lengths and lengths[i] != lengths[batch[0]]
+            too_many = (len(batch) + 1) * lengths[batch[0]] > tokens_per_batch
+            if is_other or too_many or not fits([*batch, i]):
+                break
+            batch.append(i)
+        if _has_memory(partial(run, batch)):
+            del queue[: len(batch)]
+            continue
+        if len(batch) == 1:
+            raise InputError(f"out of memory with one sequence of {lengths[batch[0]]} tokens; lower --max_tokens")
+        LOGGER.warning("Out of memory with %d sequences at once; going on with %d", len(batch), len(batch) // 2)
+        tokens_per_batch = lengths[batch[0]] * (len(batch) // 2)
+
+
+def _has_memory(run: Callable[[], None]) -> bool:
+    """Whether `run` went through; returning leaves no traceback that holds the batch's tensors."""
+    try:
+        run()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
