@@ -1,6 +1,7 @@
 """Adapters on vLLM: through its own LoRA where that does what PEFT does, else as a merged copy of the model."""
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -11,11 +12,12 @@ from src.common.engine_config import EngineConfigBase
 from src.common.errors import CheckFailed
 from src.models.loading import ModelFiles
 from src.models.merging import merged_copy
-from src.models.types import GenerationRequest
+from src.models.vllm_check import distribution
 
 LOGGER = logging.getLogger(__name__)
+TEXT = "The answer to your question is simple:"
 MOVED = 1e-6
-"""Change of a log-probability (nats) from which an adapter counts as acting."""
+"""Largest change of a log-probability (nats) from which an adapter counts as acting; rounding stays below."""
 
 
 @dataclass(frozen=True)
@@ -97,27 +99,16 @@ def check_adapter(loaded: Any, adapter: Adapter) -> None:
     Raises CheckFailed unless every weight of the adapter has its place in vLLM's model and the adapter moves the
     distribution of a next token.
     """
-    ids = tuple(loaded.tokenizer("The answer to your question is simple:").input_ids)
-    request = GenerationRequest(id="adapter-check", token_ids=ids, max_tokens=1)
-    with_adapter = _column(loaded, request)
-    lora, loaded._lora = loaded._lora, None
-    without = _column(loaded, request)
-    loaded._lora = lora
+    with_adapter, without = distribution(loaded, TEXT, adapted=True), distribution(loaded, TEXT, adapted=False)
     placed = loaded._engine.collective_rpc("tiller_adapter_modules")[0]
-    if placed["homeless"] or not placed["acting"]:
+    if placed["homeless"]:
         raise CheckFailed(
             f"adapter {adapter.folder}: vLLM has no place for {len(placed['homeless'])} of its weights, "
             f"{placed['homeless'][:1]} for one, so the answers would not be the adapter's; take --backend hf"
         )
-    moved = max(abs(a - b) for a, b in zip(with_adapter, without, strict=True))
-    if moved < MOVED and not is_zero(adapter.folder):
+    moved = max(abs(with_adapter[token] - without[token]) for token in without if without[token] > -math.inf)
+    if (moved < MOVED or not placed["acting"]) and not is_zero(adapter.folder):
         raise CheckFailed(
-            f"adapter {adapter.folder}: with it and without it vLLM gives the same distribution (change {moved:.1e}); "
-            f"it does not act; take --backend hf"
+            f"adapter {adapter.folder}: it does not act in vLLM: with it and without it log-probabilities differ by at "
+            f"most {moved:.1e}; take --backend hf"
         )
-
-
-def _column(loaded: Any, request: GenerationRequest) -> list[float]:
-    results: list[Any] = []
-    loaded.generate([request], on_result=results.append)
-    return [*results[0].entropy, *results[0].top_k_mass] or [0.0]

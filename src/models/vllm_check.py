@@ -1,6 +1,7 @@
 """The self-test at start: the uncertainty that comes out of the engine against a direct computation."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from src.common.errors import CheckFailed, InputError
@@ -19,20 +20,13 @@ def check_columns(loaded: Any) -> None:
     Compare entropy and top-k mass of a few tokens with those of vLLM's full list of log-probabilities, which takes
     another way through the engine. Raises CheckFailed when they differ, InputError when the logits are not numbers.
     """
-    from vllm import SamplingParams
-    from vllm.inputs.engine import tokens_input
-
     ids = tuple(loaded.tokenizer(TEXT).input_ids)
     n_tokens = min(N_TOKENS, loaded.room - len(ids), (loaded.context_length or loaded.room) - len(ids))
     if n_tokens < 1:
         ids, n_tokens = ids[:1], 1
     loaded.add(GenerationRequest(id="check", token_ids=ids, max_tokens=n_tokens), K)
-    ours = _finish(loaded)
-    everything = SamplingParams(
-        temperature=0.0, max_tokens=n_tokens, ignore_eos=True, detokenize=False, logprobs=-1, flat_logprobs=True
-    )
-    loaded._engine.add_request("direct", tokens_input(list(ids)), everything, lora_request=loaded._lora)
-    direct = _finish(loaded)
+    ours = finish(loaded)
+    direct = all_log_probabilities(loaded, ids, n_tokens)
     bars = TOLERANCE.get(str(loaded.facts["dtype"]), HALF_TOLERANCE)
     for i, (token, other) in enumerate(zip(ours.token_ids, direct.token_ids, strict=False)):
         measured = _columns(ours, i)
@@ -54,7 +48,29 @@ def check_columns(loaded: Any) -> None:
             return
 
 
-def _finish(loaded: Any) -> Any:
+def distribution(loaded: Any, text: str, *, adapted: bool = True) -> dict[int, float]:
+    """Log-probability of every token after `text`, by vLLM's own list. `adapted=False` leaves the adapter out."""
+    completion = all_log_probabilities(loaded, loaded.tokenizer(text).input_ids, 1, adapted=adapted)
+    return dict(zip(completion.logprobs.token_ids, completion.logprobs.logprobs, strict=True))
+
+
+def all_log_probabilities(loaded: Any, token_ids: Sequence[int], max_tokens: int, *, adapted: bool = True) -> Any:
+    """vLLM's greedy completion of a prompt with the log-probabilities of the whole vocabulary at each token."""
+    from vllm import SamplingParams
+    from vllm.inputs.engine import tokens_input
+
+    params = SamplingParams(
+        temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, logprobs=-1, flat_logprobs=True
+    )
+    # What is read from the cache was computed in another shape, which rounds differently.
+    loaded._engine.reset_prefix_cache()
+    lora = loaded._lora if adapted else None
+    loaded._engine.add_request("all-log-probabilities", tokens_input(list(token_ids)), params, lora_request=lora)
+    return finish(loaded)
+
+
+def finish(loaded: Any) -> Any:
+    """Step until a request has ended; vLLM's completion of it."""
     while True:
         for output in loaded.step():
             if output.finished:

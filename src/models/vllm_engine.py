@@ -84,7 +84,7 @@ class VLLMEngine:
         try:
             with vllm_start.errors_in_words(config.model_id):
                 check_columns(loaded)
-                if loaded._lora:
+                if adapter and not adapter.merged:
                     check_adapter(loaded, adapter)
         except BaseException:
             loaded.close()
