@@ -83,10 +83,12 @@ def generate(config: RunPersonasConfig, run: Run, tasks: Sequence, follow_ups: l
 def ask(config: RunPersonasConfig, run: Run, tasks: Sequence, follow_ups: list[Prompt], results, arrays) -> None:
     """Load the model and run the conversations; every row is on disk as soon as it is there."""
     from src.models.chat_format import PersonaRenderer, with_chat_template
-    from src.models.engine import load_engine
+    from src.models.engine import choose_backend, load_engine
     from src.personas.conversations import Conversations, all_row_ids
     from src.personas.progress import Progress
 
+    # Before the minute that loading may take: rows of two engines are not mixed.
+    run.record(backend=choose_backend(config)[0])
     with load_engine(config, config.batch_size) as engine:
         run.record(**engine.facts)
         renderer = PersonaRenderer(

@@ -89,5 +89,5 @@ def _direct(completion: Any, index: int) -> tuple[float, float]:
     start, end = completion.logprobs.start_indices[index], completion.logprobs.end_indices[index]
     # The first is the token's own, which the list holds once more.
     values = completion.logprobs.logprobs[start + 1 : end]
-    terms = [math.exp(v) * v for v in values if v > -math.inf]
+    terms = [math.exp(v) * v for v in values if v != -math.inf]
     return -math.fsum(terms), math.fsum(math.exp(v) for v in sorted(values)[-K:])

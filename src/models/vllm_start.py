@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import sys
 import tempfile
 import time
@@ -167,8 +168,9 @@ def errors_in_words(model_id: str) -> Iterator[None]:
 def remedy(error: Exception) -> str:
     """vLLM's own words, shortened, and what may help."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # pydantic puts the number of errors and the class first.
-    words = next((line for line in lines if "error" not in line.lower() or len(lines) == 1), str(error))[:500]
+    # pydantic puts the number of errors and the class first, and vLLM lists all it knows.
+    told = [line.removeprefix("Value error, ") for line in lines if not re.match(r"\d+ validation error", line)]
+    words = (told or [type(error).__name__])[0].split(". Supported ")[0][:300]
     text = str(error).lower()
     if "not supported" in text or "architecture" in text:
         return f"{words} (vLLM does not know this model; take --backend hf)"
