@@ -45,6 +45,12 @@ def test_the_context_may_be_bounded_not_stretched(tiny_folder: Path) -> None:
         assert engine.context_length == 20 and engine.facts["backend"] == "hf"
 
 
+@pytest.mark.parametrize("flag", [{"tensor_parallel_size": 2}, {"kv_cache_gib": 1.0}, {"compiled": True}])
+def test_what_only_vllm_has_is_not_ignored(flag: dict) -> None:
+    with pytest.raises(InputError, match=f"--{next(iter(flag))}: only vLLM has that"):
+        choose_backend(config(backend="hf", **flag))
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

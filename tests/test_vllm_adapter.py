@@ -1,5 +1,4 @@
 import json
-import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from src.common.engine_config import EngineConfigBase
+from src.common.errors import InputError
 from src.models import loading
 from src.models.language_model import LanguageModel, generate_all
 from src.models.merging import merged_copy
@@ -72,7 +72,8 @@ def test_adapters_act_as_on_transformers_or_are_refused(base: Path, adapters: di
 
         save_file({k.replace("layers.1.", "layers.7."): v for k, v in load_file(file).items()}, file)
     jobs = {name: {"adapter_path": str(path)} for name, path in adapters.items()} | {
-        "misfit": {"adapter_path": str(misfit)}, "inert": {"adapter_path": str(adapters["lora"])}
+        "misfit": {"adapter_path": str(misfit)}, "inert": {"adapter_path": str(adapters["lora"])},
+        "stages": {"adapter_path": str(adapters["lora"]), "pipeline_parallel_size": 2},
     }  # fmt: skip
     answers = run_jobs(
         [
@@ -90,8 +91,9 @@ def test_adapters_act_as_on_transformers_or_are_refused(base: Path, adapters: di
         assert expected[0].entropy != plain[0].entropy
         assert gave[name]["facts"]["adapter_applied"] == ("merged" if name in MERGED else "lora")
     assert_equal(results_of(gave["untrained"]), plain)
-    for name, words in (("misfit", "no place for"), ("inert", "does not act|no place")):
-        assert gave[name]["error"][0] == "CheckFailed" and re.search(words, gave[name]["error"][1]), gave[name]
+    assert results_of(gave["stages"]) and gave["stages"]["facts"]["adapter_applied"] == "lora"
+    assert gave["misfit"]["error"][0] == "InputError" and "does not fit" in gave["misfit"]["error"][1]
+    assert gave["inert"]["error"][0] == "CheckFailed" and "does not act" in gave["inert"]["error"][1]
 
 
 @pytest.mark.vllm
@@ -122,3 +124,47 @@ def test_a_merged_copy_is_the_model_with_its_adapter(
     assert merged_copy(files, settings) == folder and (folder / "model.safetensors").stat().st_mtime_ns == before
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     assert merged_copy(loading.resolve(config(base, adapters["lora"])), config(base, adapters["lora"])) != folder
+    # Other settings of the same weights are another model.
+    louder = copy_model(adapters["dora"], tmp_path / "louder")
+    stated = json.loads((louder / "adapter_config.json").read_text())
+    (louder / "adapter_config.json").write_text(json.dumps(stated | {"lora_alpha": 8 * stated["lora_alpha"]}))
+    other = merged_copy(loading.resolve(config(base, louder)), settings)
+    again = LanguageModel.load(EngineConfigBase(model_id=str(other), output_dir=Path("unused"), device="cpu"))
+    assert_equal(generate_all(again, requests()), generate_all(LanguageModel.load(config(base, louder)), requests()))
+    assert other != folder
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_a_shared_matrix_is_merged_on_one_side_only(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    monkeypatch.setenv("TILLER_CACHE_DIR", str(tmp_path / "cache"))
+    folder = copy_model(tiny_folder, tmp_path / "tied")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**COMMON, head_dim=32, tie_word_embeddings=True)).save_pretrained(folder)
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(folder), LoraConfig(r=4, target_modules=[target]))
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if "lora_" in key:
+                weight.add_(torch.randn_like(weight) * 0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    settings = config(folder, tmp_path / "adapter")
+    merged = merged_copy(loading.resolve(settings), settings)
+    copy = LanguageModel.load(EngineConfigBase(model_id=str(merged), output_dir=Path("unused"), device="cpu"))
+    assert_equal(generate_all(copy, requests()), generate_all(LanguageModel.load(settings), requests()))
+
+
+@pytest.mark.parametrize("change", ["narrow", "missing"])
+def test_an_adapter_of_another_model_is_refused(adapters: dict[str, Path], base: Path, tmp_path: Path, change) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from src.models.vllm_adapter import check_fit
+
+    check_fit(loading.resolve(config(base, adapters["lora"])))
+    odd = copy_model(adapters["lora"], tmp_path / "odd")
+    tensors = load_file(odd / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+    tensors[name] = tensors[name][:, :16].contiguous()
+    save_file({k: v for k, v in tensors.items() if change == "narrow" or k != name}, odd / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"1 of its tensors.*layers\.1\.self_attn\.q_proj\.lora_A"):
+        check_fit(loading.resolve(config(base, odd)))

@@ -59,8 +59,11 @@ def test_what_this_vllm_cannot_do_is_refused(tiny_folder: Path, settings: dict, 
 def test_too_little_memory_is_said_before_anything_is_loaded(tiny_folder: Path) -> None:
     files = loading.resolve(config(tiny_folder))
     with pytest.raises(InputError, match=r"GiB of keys and values do not fit.*--kv_cache_gib"):
-        vllm_start.check_memory(files, {"kv_cache_memory_bytes": 2**60})
-    vllm_start.check_memory(files, {"kv_cache_memory_bytes": 2**10})
+        vllm_start.check_memory(files, {"model": str(tiny_folder), "kv_cache_memory_bytes": 2**60}, 1)
+    half = {"model": str(tiny_folder), "kv_cache_memory_bytes": int(0.6 * psutil.virtual_memory().available)}
+    vllm_start.check_memory(files, half, 1)
+    with pytest.raises(InputError, match="do not fit"):
+        vllm_start.check_memory(files, half, 2)
 
 
 def test_cpus_are_dealt_to_the_workers() -> None:

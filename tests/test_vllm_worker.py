@@ -23,7 +23,7 @@ def test_draws_belong_to_tokens_not_to_calls() -> None:
     for i in range(200):
         draws.at(f"gone {i}", i, 0)
     draws.keep({"a": None})
-    assert list(draws._streams) == ["a"] and draws.at("a", 7, 3) == expected[3]
+    assert list(draws._streams) == [("a", 7)] and draws.at("a", 7, 3) == expected[3]
 
 
 def test_a_request_carries_its_tag_and_nothing_that_vllm_would_act_on() -> None:
@@ -31,7 +31,7 @@ def test_a_request_carries_its_tag_and_nothing_that_vllm_would_act_on() -> None:
 
     request = GenerationRequest(id="a", token_ids=(1,), max_tokens=9, temperature=0.7, seed=2**32 - 1)
     params = sampling_params(request, 3, frozenset({7, 2}), "v1")
-    assert tag_of(params) == Tag(3, 2**32 - 1)
+    assert tag_of(params) == Tag(3, 2**32 - 1, 0.7)
     assert params.seed is None and params.stop_token_ids == [2, 7] and params.ignore_eos and not params.detokenize
     assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (0.7, 1.0, 0, 9)
     assert sampling_params(request, 3, frozenset(), "v2").seed == 2**32 - 1
