@@ -18,7 +18,7 @@ from src.common.run_folder import DONE, read_json, read_run
 from src.common.settings import setting
 
 MOST_ROWS = 2000
-REPORT, ROWS, SUMMARY = "report.html", "results.jsonl", "summary.json"
+REPORT, BESIDE, ROWS, SUMMARY = "report.html", "view.html", "results.jsonl", "summary.json"
 
 
 @dataclass(kw_only=True)
@@ -26,12 +26,12 @@ class ViewConfig:
     """The view"""
 
     runs: list[Path] = setting(positional=True)
-    """Run folders; each gets a report.html. May stand without the flag."""
+    """Run folders; each gets a report.html, or a view.html beside its own. May stand without the flag."""
 
 
 def main(config: ViewConfig) -> None:
     # 1. All folders are looked at before anything is written.
-    reports = {folder / REPORT: report(folder) for folder in config.runs}
+    reports = {folder / page_name(folder): report(folder) for folder in config.runs}
 
     # 2. One page in each.
     for path, text in reports.items():
@@ -40,6 +40,12 @@ def main(config: ViewConfig) -> None:
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}; the run folder must be writable") from error
         print(f"wrote {path}  open it in a browser")
+
+
+def page_name(folder: Path) -> str:
+    """report.html, or view.html beside a report that the run wrote itself."""
+    own = (folder / DONE).exists() and REPORT in read_json(folder / DONE)["files"]
+    return BESIDE if own else REPORT
 
 
 def report(folder: Path) -> str:

@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -134,3 +135,41 @@ def test_the_format_fingerprint_sees_template_and_tokenizer(tiny_folder: Path, t
     template = tmp_path / "same" / "chat_template.jinja"
     template.write_text(template.read_text() + " ")
     assert load(tmp_path / "same").facts["format_fingerprint"] != before
+
+
+def test_capped_attention_logits_are_capped(tmp_path: Path, tiny_folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from tests.tiny_models import tiny_model
+
+    folder = tmp_path / "gemma2"
+    model = tiny_model("gemma2")
+    for layer in decoder_layers(model):
+        # Attention logits large enough for the cap of 50 to matter.
+        layer.self_attn.q_proj.weight.data *= 300
+        layer.self_attn.k_proj.weight.data *= 300
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folder)
+    capped = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    uncapped = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32)
+    ids = torch.arange(10, 30)[None]
+    with torch.no_grad():
+        ours = load(folder).model(ids).logits
+        assert torch.equal(ours, capped(ids).logits)
+        assert not torch.allclose(ours, uncapped(ids).logits, atol=1e-4)
+
+
+def test_an_adapters_settings_belong_to_its_fingerprint(adapter: Path, tmp_path: Path) -> None:
+    from src.models.loading import adapter_fingerprint
+
+    copy = tmp_path / "copy"
+    shutil.copytree(adapter, copy)
+    assert adapter_fingerprint(copy) == adapter_fingerprint(adapter)
+    settings = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "elsewhere"}))
+    assert adapter_fingerprint(copy) == adapter_fingerprint(adapter)
+    (copy / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 99}))
+    assert adapter_fingerprint(copy) != adapter_fingerprint(adapter)
+    (copy / "adapter_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"adapter_config\.json: cannot be read"):
+        adapter_fingerprint(copy)

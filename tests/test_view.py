@@ -100,3 +100,13 @@ def test_provenance_is_shown_as_it_is(tmp_path: Path) -> None:
     html = (folder / "report.html").read_text(encoding="utf-8")
     session = json.loads((folder / "provenance.json").read_text())["sessions"][0]
     assert session["started"] in html and f"&quot;pid&quot;: {os.getpid()}" in html
+
+
+def test_a_report_that_the_run_wrote_itself_is_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with start_run(ModelConfigBase(output_dir=folder, model_id="some/model"), "probe") as run:
+        run.path("report.html").write_text("the run's own")
+        run.finish({"report.html": "plots"})
+    main(ViewConfig(runs=[folder]))
+    assert (folder / "report.html").read_text() == "the run's own"
+    assert "some/model" in (folder / "view.html").read_text(encoding="utf-8")

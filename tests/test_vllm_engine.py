@@ -1,6 +1,7 @@
 import asyncio
 import json
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -194,6 +195,51 @@ def test_an_async_request_that_nobody_waits_for_is_dropped(vllm_engine, requests
 
     asyncio.run(leave())
     assert not vllm_engine._engine.has_unfinished_requests()
+
+
+def test_an_async_id_may_come_again_and_a_bad_request_harms_no_other(vllm_engine, requests, expected) -> None:
+    from src.models.vllm_async import AsyncVLLMEngine
+
+    async def again() -> None:
+        engine = AsyncVLLMEngine(vllm_engine)
+        with pytest.raises(RuntimeError, match="not open"):
+            await engine.generate(requests[0])
+        async with engine:
+            for i in range(6):
+                async for _ in engine.stream(replace(requests[i], id="same", max_tokens=200)):
+                    break
+                assert (await engine.generate(replace(requests[i + 1], id="same"))).text == expected[i + 1].text
+            good = asyncio.create_task(engine.generate(requests[0]))
+            with pytest.raises(InputError, match="token 49152 is outside"):
+                await engine.generate(replace(requests[1], token_ids=(5, 49152)))
+            assert_equal([await good], expected[:1])
+            left = asyncio.create_task(engine.generate(replace(requests[2], max_tokens=900)))
+            await asyncio.sleep(0.3)
+        with pytest.raises(RuntimeError, match="ended before the answer"):
+            await left
+        with pytest.raises(RuntimeError, match="takes no requests"):
+            await engine.generate(requests[3])
+
+    asyncio.run(asyncio.wait_for(again(), 300))
+    assert not vllm_engine.has_work()
+
+
+def test_an_error_in_the_step_thread_reaches_everyone(vllm_engine, requests, monkeypatch) -> None:
+    from src.models.vllm_async import AsyncVLLMEngine
+
+    async def fails() -> None:
+        async with AsyncVLLMEngine(vllm_engine) as engine:
+            monkeypatch.setattr(threading, "excepthook", lambda args: None)
+            with monkeypatch.context() as patch:
+                patch.setattr(vllm_engine, "step", lambda: 1 / 0)
+                waiting = [engine.generate(request) for request in requests[:2]]
+                gave = await asyncio.gather(*waiting, return_exceptions=True)
+            assert all(isinstance(error, RuntimeError) for error in gave), gave
+            with pytest.raises(RuntimeError, match="division by zero"):
+                await engine.generate(requests[3])
+
+    asyncio.run(asyncio.wait_for(fails(), 60))
+    assert not vllm_engine.has_work()
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """
-The full figures of src.run_personas: kills and resumes, number formats, memory, answers to bad input. About 10 minutes:
+The full figures of src.run_personas: kills and resumes, Ctrl-C, number formats, memory, answers to bad input. About 10
+minutes; with --backend vllm each start takes up to a minute more:
 uv run python scripts/acceptance/run_personas.py --output_dir data/experiments/acceptance_personas
+uv run --extra cpu python scripts/acceptance/run_personas.py --backend vllm --only kills ctrl_c --output_dir …
 """
 
 import argparse
@@ -16,13 +18,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 MODEL_ID = "bundled:smollm2-135m"
+BACKEND = ["--backend", "hf"]
 
 
 def words(folder: Path, *more: str) -> list[str]:
     return [
         sys.executable, "-m", "src.run_personas", "--prompts_json", "data/personas/prompts.json",
         "--personae_json", "data/personas/personae.json", "--model_id", MODEL_ID, "--output_dir", str(folder),
-        "--num_tasks", "3", "--num_personae", "8", "--max_tokens", "24", "--batch_size", "6", *more,
+        "--num_tasks", "3", "--num_personae", "8", "--max_tokens", "24", "--batch_size", "6", *BACKEND, *more,
     ]  # fmt: skip
 
 
@@ -67,6 +70,34 @@ def kills(folder: Path, n_kills: int, seed: int) -> None:
             f"kills: run {number}, rows at each kill {rows_at_kill}; resumed: ids and order equal {same_ids}, "
             f"{same_texts} of {len(whole)} responses equal, largest difference of avg_entropy {largest:.1e}"
         )
+
+
+def ctrl_c(folder: Path) -> None:
+    """Seconds from Ctrl-C to the end, once while the engine starts and once in the middle of generation."""
+    import psutil
+
+    for moment, n_rows in (("start", 0), ("generation", 2)):
+        target = folder / f"ctrl_c_{moment}"
+        process = subprocess.Popen(
+            words(target, "--max_tokens", "400"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), start_new_session=True,
+        )  # fmt: skip
+        started, path = time.monotonic(), target / "results.jsonl"
+        while (time.monotonic() - started < 15) if not n_rows else (not path.exists() or len(rows(target)) < n_rows):
+            time.sleep(0.05)
+        pressed = time.monotonic()
+        os.kill(process.pid, signal.SIGINT)
+        code = process.wait()
+        seconds = time.monotonic() - pressed
+        left = [p.pid for p in psutil.process_iter() if _session_of(p.pid) == process.pid]
+        print(f"ctrl-c during {moment}: ended after {seconds:.1f} s with exit code {code}, processes left: {left}")
+
+
+def _session_of(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return -1
 
 
 def formats() -> None:
@@ -141,11 +172,14 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", choices=("answers", "kills", "formats", "memory"))
+    parser.add_argument("--only", nargs="+", choices=("answers", "kills", "ctrl_c", "formats", "memory"))
+    parser.add_argument("--backend", choices=("hf", "vllm"), default="hf")
     arguments = parser.parse_args()
+    BACKEND[1] = arguments.backend
     steps = {
         "answers": lambda: answers(arguments.output_dir),
         "kills": lambda: kills(arguments.output_dir, arguments.kills, arguments.seed),
+        "ctrl_c": lambda: ctrl_c(arguments.output_dir),
         "formats": formats,
         "memory": lambda: memory(arguments.output_dir),
     }

@@ -21,7 +21,11 @@ def packed_linears(model: nn.Module) -> Iterator[int]:
     never stale; hooks on the modules run as before. Does nothing where oneDNN is missing, under autograd, for modules
     with a forward of their own, or when memory is short.
     """
-    linears = [m for m in model.modules() if _packable(m)] if torch.backends.mkldnn.is_available() else []
+    # PEFT's ParamWrapper changes the weight of the module within it anew for every call.
+    changed = {id(inner) for m in model.modules() if type(m).__name__ == "ParamWrapper" for inner in m.modules()}
+    linears = [m for m in model.modules() if _packable(m) and id(m) not in changed]
+    if not torch.backends.mkldnn.is_available():
+        linears = []
     wanted = sum(m.weight.numel() * m.weight.element_size() for m in linears)
     if torch.is_grad_enabled() or wanted > MEMORY_SHARE * psutil.virtual_memory().available:
         linears = []

@@ -10,6 +10,11 @@ from src.common.errors import InputError
 from src.models.types import GenerationRequest, GenerationResult
 
 LOGGER = logging.getLogger(__name__)
+VLLM_ONLY = (
+    *("gpu_memory_utilization", "kv_cache_gib", "tensor_parallel_size", "pipeline_parallel_size"),
+    *("enforce_eager", "compiled", "engine_log"),
+)
+"""Settings of EngineConfigBase that transformers cannot follow."""
 
 
 class Engine(Protocol):
@@ -57,6 +62,14 @@ def choose_backend(config: EngineConfigBase, only_hf: str | None = None) -> tupl
                 "(on a CUDA machine `--extra cuda`), or take --backend hf"
             )
         return "vllm", "asked for"
+    name, reason = _chosen(config, installed, only_hf)
+    stray = [f"--{flag}" for flag in VLLM_ONLY if getattr(config, flag) != getattr(EngineConfigBase, flag)]
+    if name == "hf" and stray:
+        raise InputError(f"{', '.join(stray)}: only vLLM has that, and transformers it is ({reason}); --backend vllm")
+    return name, reason
+
+
+def _chosen(config: EngineConfigBase, installed: bool, only_hf: str | None) -> tuple[str, str]:
     if config.backend == "hf":
         return "hf", "asked for"
     if only_hf:

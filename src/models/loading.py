@@ -1,11 +1,13 @@
 """From a model reference to a model in memory: files, number format, device, quantization, adapter."""
 
 import hashlib
+import json
 import logging
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,7 +30,12 @@ from src.models.devices import free_memory, resolve_device, resolve_dtype
 from src.models.fingerprint import fingerprint
 from src.models.hub import adapter_folder, model_folder, split_reference
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 LOGGER = logging.getLogger(__name__)
+WITHOUT_EFFECT = ("base_model_name_or_path", "inference_mode", "peft_version", "revision", "auto_mapping")
+"""Keys of adapter_config.json that change no number."""
 FORMAT_FILES = ("config.json", "generation_config.json", "token*", "vocab*", "merges.txt", "*.jinja", "chat_template*")
 
 
@@ -42,6 +49,11 @@ class ModelFiles:
     dtype: torch.dtype
     facts: dict[str, str | None]
     """What provenance records: fingerprints, device, dtype."""
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype without `torch.`."""
+        return str(self.dtype).removeprefix("torch.")
 
 
 def resolve(config: ModelConfigBase) -> ModelFiles:
@@ -57,7 +69,7 @@ def resolve(config: ModelConfigBase) -> ModelFiles:
     dtype = resolve_dtype(config.dtype, device)
     facts = {
         "model_fingerprint": fingerprint(folder),
-        "adapter_fingerprint": fingerprint(adapter) if adapter else None,
+        "adapter_fingerprint": adapter_fingerprint(adapter) if adapter else None,
         "format_fingerprint": format_fingerprint(folder),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "dtype": str(dtype).removeprefix("torch."),
@@ -74,6 +86,17 @@ def load(config: ModelConfigBase) -> tuple[nn.Module, PreTrainedTokenizerBase, d
     if files.adapter:
         model = attach_adapter(model, files.adapter)
     return model, tokenizer, files.facts
+
+
+def adapter_fingerprint(folder: Path) -> str:
+    """sha256 (hex) of an adapter's weights and of what its settings make of them, its rank, alpha and modules."""
+    path = folder / "adapter_config.json"
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {_first_line(error)}") from error
+    acting = {key: value for key, value in settings.items() if key not in WITHOUT_EFFECT}
+    return hashlib.sha256(json.dumps([fingerprint(folder), acting], sort_keys=True).encode()).hexdigest()
 
 
 def format_fingerprint(folder: Path) -> str:
@@ -106,9 +129,12 @@ def load_weights(folder: Path, config: ModelConfigBase, device: torch.device, dt
     model_config = load_config(folder, config.trust_remote_code)
     causal = type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(model_config, "auto_map")
     auto_class = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+    capped = getattr(model_config.get_text_config(decoder=True), "attn_logit_softcapping", None)
     try:
         model, report = auto_class.from_pretrained(
             folder,
+            # The other kernels leave the cap on attention logits out (Gemma 2), without a word.
+            attn_implementation="eager" if capped else None,
             dtype=dtype,
             device_map=_device_map(folder, device, config.quantization),
             quantization_config=_quantization(config.quantization, device, dtype),
@@ -153,9 +179,15 @@ def _quantization(name: str, device: torch.device, dtype: torch.dtype) -> BitsAn
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=name, bnb_4bit_compute_dtype=dtype)
 
 
-def attach_adapter(model: nn.Module, folder: Path, merge: bool = False) -> nn.Module:
+def attach_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """`model` with the LoRA adapter in `folder` acting on it, not merged. Raises as `with_adapter` does."""
+    # PEFT put its layers into the model itself; the wrapper would only hide where the decoder's parts are.
+    return with_adapter(model, folder).get_base_model()
+
+
+def with_adapter(model: nn.Module, folder: Path) -> "PeftModel":
     """
-    `model` with the LoRA adapter in `folder` acting on it, or with `merge` added to its weights.
+    PEFT's wrapper around `model` with the adapter in `folder`.
 
     Raises InputError when a tensor of the adapter finds no place in the model, or the other way round: PEFT only warns,
     and the numbers would be the base model's.
@@ -183,10 +215,7 @@ def attach_adapter(model: nn.Module, folder: Path, merge: bool = False) -> nn.Mo
     for warning in caught:
         LOGGER.info("While loading the adapter: %s", warning.message)
     wrapped.requires_grad_(False)
-    if merge:
-        return wrapped.merge_and_unload(safe_merge=True)
-    # PEFT put its layers into the model itself; the wrapper would only hide where the decoder's parts are.
-    return wrapped.get_base_model()
+    return wrapped
 
 
 def eos_token_ids(

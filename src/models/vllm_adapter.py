@@ -1,21 +1,26 @@
 """Adapters on vLLM: through its own LoRA where that does what PEFT does, else as a merged copy of the model."""
 
 import logging
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from safetensors import safe_open
 
 from src.common.engine_config import EngineConfigBase
-from src.common.errors import CheckFailed
-from src.models.loading import ModelFiles
+from src.common.errors import CheckFailed, InputError
+from src.models.loading import ModelFiles, load_config
 from src.models.merging import merged_copy
-from src.models.types import GenerationRequest
+from src.models.vllm_check import distribution
 
 LOGGER = logging.getLogger(__name__)
+TEXT = "The answer to your question is simple:"
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 MOVED = 1e-6
-"""Change of a log-probability (nats) from which an adapter counts as acting."""
+"""Largest change of a log-probability (nats) from which an adapter counts as acting; rounding stays below."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +58,14 @@ def lora_rank(files: ModelFiles) -> tuple[int, str | None]:
     """The rank to make room for, and why vLLM's own LoRA would not do, None where it does."""
     from vllm.config.lora import LoRAConfig, MaxLoRARanks
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.exceptions import VLLMError
     from vllm.lora.peft_helper import PEFTHelper
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.interfaces import supports_lora
 
-    experts = [name for name in tensor_names(files.adapter) if "expert" in name]
-    if experts:
-        return 0, f"it changes experts, {experts[0]} for one"
+    obstacle = obstacle_of(tensor_names(files.adapter), files)
+    if obstacle:
+        return 0, obstacle
     try:
         helper = PEFTHelper.from_local_dir(str(files.adapter), None)
         largest = max(helper.r, *helper.rank_pattern.values(), 0)
@@ -69,23 +75,73 @@ def lora_rank(files: ModelFiles) -> tuple[int, str | None]:
         helper.validate_legal(LoRAConfig(max_lora_rank=fitting[0]))
         model_config = EngineArgs(model=str(files.folder), skip_tokenizer_init=True).create_model_config()
         model_class, _ = ModelRegistry.resolve_model_cls(model_config.architectures, model_config)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, VLLMError) as error:
         return 0, str(error).strip().splitlines()[0]
+    check_fit(files)
     return fitting[0], None if supports_lora(model_class) else f"{model_class.__name__} takes no adapters there"
+
+
+def obstacle_of(names: list[str], files: ModelFiles) -> str | None:
+    """What in an adapter's tensors or its model vLLM's LoRA is known not to do, None where there is nothing."""
+    odd = [name for name in names if not re.search(r"\.lora_[AB]\.weight$", name)]
+    if odd:
+        return f"it holds more than factors of linear layers, {odd[0]} for one"
+    config = load_config(files.folder)
+    text = config.get_text_config(decoder=True)
+    if any("expert" in name for name in names):
+        return "it changes experts"
+    if files.device.type == "cpu" and any(getattr(text, name, None) for name in EXPERT_COUNTS):
+        return "mixtures of experts take no adapters on the CPU"
+    tied = getattr(text, "tie_word_embeddings", False) or getattr(config, "tie_word_embeddings", False)
+    if tied and any("lm_head" in name for name in names):
+        return "it changes an unembedding that shares its weights with the embedding"
+    return None
+
+
+def check_fit(files: ModelFiles) -> None:
+    """
+    Raises InputError unless adapter and model have the same places, of the same shapes: vLLM puts a smaller factor into
+    a corner of the matrix, and leaves places empty.
+    """
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_config(files.folder))
+        wrapped = get_peft_model(model, PeftConfig.from_pretrained(files.adapter))
+        places = {
+            name: tuple(tensor.shape)
+            for name, tensor in get_peft_model_state_dict(wrapped, save_embedding_layers=False).items()
+        }
+    stored = {name: shape for file in weight_files(files.adapter) for name, shape in shapes_in(file)}
+    odd = sorted(name for name in {**stored, **places} if stored.get(name) != places.get(name))
+    if odd:
+        raise InputError(
+            f"--adapter_path {files.adapter}: the adapter does not fit the model: {len(odd)} of its tensors have "
+            f"another shape, no place, or are missing; {odd[0]} for one is {stored.get(odd[0], 'not there')}, and the "
+            f"model has {places.get(odd[0], 'no place for it')}; take the base model that adapter_config.json names"
+        )
+
+
+def weight_files(adapter: Path) -> list[Path]:
+    """The files of an adapter's tensors."""
+    return sorted(adapter.glob("adapter_model*.safetensors"))
+
+
+def shapes_in(file: Path) -> list[tuple[str, tuple[int, ...]]]:
+    """Name and shape of each tensor of a file."""
+    with safe_open(file, framework="pt") as tensors:
+        return [(name, tuple(tensors.get_slice(name).get_shape())) for name in list(tensors.keys())]
 
 
 def tensor_names(adapter: Path) -> list[str]:
     """Names of the tensors of an adapter."""
-    names: list[str] = []
-    for file in sorted(adapter.glob("adapter_model*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            names += tensors.keys()
-    return names
+    return [name for file in weight_files(adapter) for name, _ in shapes_in(file)]
 
 
 def is_zero(adapter: Path) -> bool:
-    """Whether the adapter changes nothing, as one that was never trained: each product has a factor of zeros."""
-    for file in sorted(adapter.glob("adapter_model*.safetensors")):
+    """Whether the adapter changes nothing, as one that was never trained: every B is zero."""
+    for file in weight_files(adapter):
         with safe_open(file, framework="pt") as tensors:
             if any(".lora_B" in name and tensors.get_tensor(name).any() for name in list(tensors.keys())):
                 return False
@@ -97,27 +153,18 @@ def check_adapter(loaded: Any, adapter: Adapter) -> None:
     Raises CheckFailed unless every weight of the adapter has its place in vLLM's model and the adapter moves the
     distribution of a next token.
     """
-    ids = tuple(loaded.tokenizer("The answer to your question is simple:").input_ids)
-    request = GenerationRequest(id="adapter-check", token_ids=ids, max_tokens=1)
-    with_adapter = _column(loaded, request)
-    lora, loaded._lora = loaded._lora, None
-    without = _column(loaded, request)
-    loaded._lora = lora
-    placed = loaded._engine.collective_rpc("tiller_adapter_modules")[0]
-    if placed["homeless"] or not placed["acting"]:
+    with_adapter, without = distribution(loaded, TEXT, adapted=True), distribution(loaded, TEXT, adapted=False)
+    ranks = loaded._engine.collective_rpc("tiller_adapter_modules")
+    # Each pipeline rank has some of the layers.
+    homeless = sorted(set.intersection(*(set(placed["homeless"]) for placed in ranks)))
+    if homeless:
         raise CheckFailed(
-            f"adapter {adapter.folder}: vLLM has no place for {len(placed['homeless'])} of its weights, "
-            f"{placed['homeless'][:1]} for one, so the answers would not be the adapter's; take --backend hf"
+            f"adapter {adapter.folder}: vLLM has no place for {len(homeless)} of its weights, "
+            f"{homeless[0]} for one, so the answers would not be the adapter's; take --backend hf"
         )
-    moved = max(abs(a - b) for a, b in zip(with_adapter, without, strict=True))
-    if moved < MOVED and not is_zero(adapter.folder):
+    moved = max(abs(with_adapter[token] - without[token]) for token in without if without[token] > -math.inf)
+    if (moved < MOVED or not any(placed["acting"] for placed in ranks)) and not is_zero(adapter.folder):
         raise CheckFailed(
-            f"adapter {adapter.folder}: with it and without it vLLM gives the same distribution (change {moved:.1e}); "
-            f"it does not act; take --backend hf"
+            f"adapter {adapter.folder}: it does not act in vLLM: with it and without it log-probabilities differ by at "
+            f"most {moved:.1e}; take --backend hf"
         )
-
-
-def _column(loaded: Any, request: GenerationRequest) -> list[float]:
-    results: list[Any] = []
-    loaded.generate([request], on_result=results.append)
-    return [*results[0].entropy, *results[0].top_k_mass] or [0.0]

@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
+import itertools
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from src.models.types import GenerationRequest, GenerationResult
@@ -28,16 +29,19 @@ class Piece:
         return self.result.finish_reason if self.result else None
 
 
-@dataclass
 class _Listener:
-    loop: asyncio.AbstractEventLoop
-    outputs: asyncio.Queue
-    n_tokens: int = 0
+    """Where the pieces of one stream go."""
+
+    def __init__(self, request: GenerationRequest) -> None:
+        self.request = request
+        self.pieces: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
+        self.n_tokens = 0
+        self._loop = asyncio.get_running_loop()
 
     def put(self, item: Piece | BaseException) -> None:
         # The loop is gone when its program ended without waiting for the answer.
         with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self.outputs.put_nowait, item)
+            self._loop.call_soon_threadsafe(self.pieces.put_nowait, item)
 
 
 class AsyncVLLMEngine:
@@ -50,6 +54,9 @@ class AsyncVLLMEngine:
         self._engine = engine
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._listeners: dict[str, _Listener] = {}
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        self._ended: BaseException | None = RuntimeError("the engine is not open: use it in an `async with` block")
         self._thread = threading.Thread(target=self._run, name="vllm-steps", daemon=True)
 
     async def generate(self, request: GenerationRequest, top_k: int = 5) -> GenerationResult:
@@ -62,25 +69,33 @@ class AsyncVLLMEngine:
         return result
 
     async def stream(self, request: GenerationRequest, top_k: int = 5) -> AsyncIterator[Piece]:
-        """The response piece by piece, the last with the whole of it. Closing the iterator drops the request."""
+        """
+        The response piece by piece, the last with the whole of it. Closing the iterator drops the request. Raises what
+        `VLLMEngine.generate` does, and RuntimeError when the engine is not open or failed.
+        """
         self._engine.check([request], top_k)
-        assert request.id not in self._listeners, f"two requests are called {request.id!r}"
-        listener = _Listener(asyncio.get_running_loop(), asyncio.Queue())
-        self._listeners[request.id] = listener
-        self._commands.put(lambda: self._engine.add(request, top_k))
+        # A name of its own, since the caller may use an id again while the thread still has the first.
+        name = f"{request.id}#{next(self._numbers)}"
+        listener = _Listener(request)
+        with self._lock:
+            if self._ended:
+                raise RuntimeError(f"the engine takes no requests: {self._ended}") from self._ended
+            self._listeners[name] = listener
+            self._commands.put(lambda: self._add(name, top_k))
         try:
             while True:
-                piece = await listener.outputs.get()
+                piece = await listener.pieces.get()
                 if isinstance(piece, BaseException):
                     raise piece
                 yield piece
                 if piece.result:
                     return
         finally:
-            if self._listeners.pop(request.id, None):
-                self._commands.put(lambda: self._engine.abort([request.id]))
+            if self._listeners.pop(name, None):
+                self._commands.put(lambda: self._engine.abort([name]))
 
     async def __aenter__(self) -> Self:
+        self._ended = None
         self._thread.start()
         return self
 
@@ -88,23 +103,38 @@ class AsyncVLLMEngine:
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
 
+    def _add(self, name: str, top_k: int) -> None:
+        listener = self._listeners.get(name)
+        if listener:
+            self._engine.add(replace(listener.request, id=name), top_k)
+
     def _run(self) -> None:
+        reason: BaseException = RuntimeError("it was closed")
         try:
             while self._obey():
-                for output in self._engine.step() if self._engine.has_work() else ():
-                    self._deliver(output)
+                if self._engine.has_work():
+                    for output in self._engine.step():
+                        self._deliver(output)
         except BaseException as error:
-            # Whoever waits must hear of it; the thread's own end would be seen by nobody.
-            for listener in list(self._listeners.values()):
-                listener.put(error)
+            reason = error
             raise
+        finally:
+            self._end(reason)
+
+    def _end(self, reason: BaseException) -> None:
+        """Whoever waits, or comes later, must hear of the end; the thread's own would be seen by nobody."""
+        with self._lock:
+            self._ended = reason
+            waiting, self._listeners = self._listeners, {}
+        for listener in waiting.values():
+            listener.put(RuntimeError(f"the engine ended before the answer: {reason}"))
+        self._engine.abort(list(waiting))
 
     def _obey(self) -> bool:
         """Carry out what was asked meanwhile, waiting where there is nothing else to do; False at the end."""
         while not self._commands.empty() or not self._engine.has_work():
             command = self._commands.get()
             if command is None:
-                self._engine.abort(list(self._listeners))
                 return False
             command()
         return True
@@ -117,12 +147,13 @@ class AsyncVLLMEngine:
             self._listeners.pop(output.request_id, None)
         try:
             listener.put(self._piece(output, listener))
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
+            # Of this request alone: logits that are not numbers, or vLLM's own reason for ending it.
             listener.put(error)
 
     def _piece(self, output: Any, listener: _Listener) -> Piece:
         completion = output.outputs[0]
-        result = self._engine.result(output) if output.finished else None
+        result = replace(self._engine.result(output), id=listener.request.id) if output.finished else None
         tokens = result.token_ids if result else tuple(completion.token_ids)
         entropy, mass = (result.entropy, result.top_k_mass) if result else columns(completion)
         start, listener.n_tokens = listener.n_tokens, len(tokens)

@@ -1,14 +1,15 @@
 """The self-test at start: the uncertainty that comes out of the engine against a direct computation."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from src.common.errors import CheckFailed, InputError
 from src.models.types import GenerationRequest
 
 TEXT = "The quick brown fox jumps over the lazy dog. Once upon a time there was"
-N_TOKENS = 3
-K = 5
+N_TOKENS = 2
+KS = (5, 1, 9)
 TOLERANCE = {"float32": (1e-3, 1e-4)}
 """Largest difference of entropy (nats) and of mass, by dtype."""
 HALF_TOLERANCE = (0.05, 0.01)
@@ -19,33 +20,33 @@ def check_columns(loaded: Any) -> None:
     Compare entropy and top-k mass of a few tokens with those of vLLM's full list of log-probabilities, which takes
     another way through the engine. Raises CheckFailed when they differ, InputError when the logits are not numbers.
     """
-    from vllm import SamplingParams
-    from vllm.inputs.engine import tokens_input
+    ids = tuple(loaded.tokenizer(TEXT).input_ids)[: max(1, loaded.room - N_TOKENS)]
+    # In one batch, so that a row that got its mate's measures is found out.
+    requests = [
+        GenerationRequest(id=f"check-{k}", token_ids=ids[: max(1, len(ids) // part)], max_tokens=N_TOKENS)
+        for part, k in enumerate(KS, start=1)
+    ]
+    for request, k in zip(requests, KS, strict=True):
+        loaded.add(request, k)
+    ours = finish_all(loaded)
+    for request, k in zip(requests, KS, strict=True):
+        direct = all_log_probabilities(loaded, request.token_ids, N_TOKENS)
+        compare(ours[request.id], direct, k, str(loaded.facts["dtype"]))
 
-    ids = tuple(loaded.tokenizer(TEXT).input_ids)
-    n_tokens = min(N_TOKENS, loaded.room - len(ids), (loaded.context_length or loaded.room) - len(ids))
-    if n_tokens < 1:
-        ids, n_tokens = ids[:1], 1
-    loaded.add(GenerationRequest(id="check", token_ids=ids, max_tokens=n_tokens), K)
-    ours = _finish(loaded)
-    everything = SamplingParams(
-        temperature=0.0, max_tokens=n_tokens, ignore_eos=True, detokenize=False, logprobs=-1, flat_logprobs=True
-    )
-    loaded._engine.add_request("direct", tokens_input(list(ids)), everything, lora_request=loaded._lora)
-    direct = _finish(loaded)
-    bars = TOLERANCE.get(str(loaded.facts["dtype"]), HALF_TOLERANCE)
+
+def compare(ours: Any, direct: Any, k: int, dtype: str) -> None:
+    """Raises CheckFailed, or InputError, unless two completions of one prompt have the same measures."""
+    bars = TOLERANCE.get(dtype, HALF_TOLERANCE)
     for i, (token, other) in enumerate(zip(ours.token_ids, direct.token_ids, strict=False)):
-        measured = _columns(ours, i)
-        expected = _direct(direct, i)
+        measured, expected = _columns(ours, i), _direct(direct, i, k)
         if expected[0] != expected[0]:
             raise InputError(
-                f"the model's logits are not numbers (dtype {loaded.facts['dtype']}); try --dtype float32, and check "
-                f"the weights"
+                f"the model's logits are not numbers (dtype {dtype}); try --dtype float32, and check the weights"
             )
         # Negated, so that a NaN fails too.
         if not all(abs(a - b) <= bar for a, b, bar in zip(measured, expected, bars, strict=True)):
             raise CheckFailed(
-                f"vLLM's uncertainty is wrong: at token {i} of the self-test entropy and top-{K} mass are "
+                f"vLLM's uncertainty is wrong: at token {i} of the self-test entropy and top-{k} mass are "
                 f"{measured[0]:.5f} and {measured[1]:.5f}, and computed directly {expected[0]:.5f} and "
                 f"{expected[1]:.5f} (bars {bars[0]}, {bars[1]}); take --backend hf, and report vLLM's version"
             )
@@ -54,11 +55,34 @@ def check_columns(loaded: Any) -> None:
             return
 
 
-def _finish(loaded: Any) -> Any:
-    while True:
-        for output in loaded.step():
-            if output.finished:
-                return output.outputs[0]
+def distribution(loaded: Any, text: str, *, adapted: bool = True) -> dict[int, float]:
+    """Log-probability of every token after `text`, by vLLM's own list. `adapted=False` leaves the adapter out."""
+    ids = loaded.tokenizer(text).input_ids[: max(1, loaded.room - 1)]
+    completion = all_log_probabilities(loaded, ids, 1, adapted=adapted)
+    return dict(zip(completion.logprobs.token_ids, completion.logprobs.logprobs, strict=True))
+
+
+def all_log_probabilities(loaded: Any, token_ids: Sequence[int], max_tokens: int, *, adapted: bool = True) -> Any:
+    """vLLM's greedy completion of a prompt with the log-probabilities of the whole vocabulary at each token."""
+    from vllm import SamplingParams
+    from vllm.inputs.engine import tokens_input
+
+    params = SamplingParams(
+        temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, logprobs=-1, flat_logprobs=True
+    )
+    # What is read from the cache was computed in another shape, which rounds differently.
+    loaded._engine.reset_prefix_cache()
+    lora = loaded._lora if adapted else None
+    loaded._engine.add_request("all-log-probabilities", tokens_input(list(token_ids)), params, lora_request=lora)
+    return finish_all(loaded)["all-log-probabilities"]
+
+
+def finish_all(loaded: Any) -> dict[str, Any]:
+    """Step until every request has ended; vLLM's completion of each."""
+    finished = {}
+    while loaded.has_work():
+        finished |= {output.request_id: output.outputs[0] for output in loaded.step() if output.finished}
+    return finished
 
 
 def _columns(completion: Any, index: int) -> tuple[float, float]:
@@ -68,10 +92,10 @@ def _columns(completion: Any, index: int) -> tuple[float, float]:
     return (values[start + 1], values[start + 2]) if start + 2 < len(values) else (math.nan, math.nan)
 
 
-def _direct(completion: Any, index: int) -> tuple[float, float]:
+def _direct(completion: Any, index: int, k: int) -> tuple[float, float]:
     """Entropy and top-k mass from the log-probabilities of the whole vocabulary, in float64."""
     start, end = completion.logprobs.start_indices[index], completion.logprobs.end_indices[index]
     # The first is the token's own, which the list holds once more.
     values = completion.logprobs.logprobs[start + 1 : end]
-    terms = [math.exp(v) * v for v in values if v > -math.inf]
-    return -math.fsum(terms), math.fsum(math.exp(v) for v in sorted(values)[-K:])
+    terms = [math.exp(v) * v for v in values if v != -math.inf]
+    return -math.fsum(terms), math.fsum(math.exp(v) for v in sorted(values)[-k:])

@@ -24,6 +24,7 @@ from src.models.vllm_check import check_columns
 
 LOGGER = logging.getLogger(__name__)
 OnResult = Callable[[GenerationResult], None]
+MIN_TEMPERATURE = 0.01
 WAITING_PER_ROW = 4
 """Requests handed to the scheduler for each row it decodes at once; more would only take memory."""
 
@@ -67,12 +68,13 @@ class VLLMEngine:
         tokenizer = loading.load_tokenizer(files.folder, config.trust_remote_code)
         model_config = loading.load_config(files.folder, config.trust_remote_code)
         context = bounded_context(config, loading.context_length(model_config))
+        vllm_start.check_rotary(model_config, context)
+        generation_config = loading.load_generation_config(files.folder)
         vllm_start.set_environment(config.engine_log)
         adapter = prepare_adapter(files, config) if files.adapter else None
         with vllm_start.errors_in_words(config.model_id):
             engine, runner = vllm_start.start(config, files, adapter, batch_size, engine_args)
         facts = files.facts | vllm_start.facts(engine, runner, adapter)
-        generation_config = loading.load_generation_config(files.folder)
         loaded = cls(
             engine,
             tokenizer,
@@ -84,7 +86,7 @@ class VLLMEngine:
         try:
             with vllm_start.errors_in_words(config.model_id):
                 check_columns(loaded)
-                if loaded._lora:
+                if adapter and not adapter.merged:
                     check_adapter(loaded, adapter)
         except BaseException:
             loaded.close()
@@ -127,6 +129,14 @@ class VLLMEngine:
         if not 1 <= top_k <= vocabulary:
             raise InputError(f"top-k mass of {top_k} tokens: expected 1 to the vocabulary's {vocabulary}")
         for request in requests:
+            stray = next((token for token in request.token_ids if not 0 <= token < vocabulary), None)
+            if stray is not None:
+                raise InputError(f"request {request.id!r}: token {stray} is outside the vocabulary of {vocabulary}")
+            if 0 < request.temperature < MIN_TEMPERATURE and self.facts["runner"] == "v2":
+                raise InputError(
+                    f"request {request.id!r}: temperature {request.temperature}; vLLM on CUDA draws at none below "
+                    f"{MIN_TEMPERATURE}; take 0, or --backend hf"
+                )
             if request.spec or request.capture is not None:
                 what = "a capture" if request.capture is not None else "interventions"
                 raise InputError(f"request {request.id!r} asks for {what}, which vLLM cannot do here; --backend hf can")

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import sys
 import tempfile
 import time
@@ -12,6 +13,7 @@ from typing import Any
 
 import psutil
 import torch
+from transformers import PreTrainedConfig
 
 from src.common.engine_config import EngineConfigBase
 from src.common.errors import CheckFailed, InputError
@@ -30,7 +32,10 @@ ENVIRONMENT = {
 }
 LOCAL = {"VLLM_HOST_IP": "127.0.0.1", "VLLM_LOOPBACK_IP": "127.0.0.1"}
 KV_CACHE_GIB = 4.0
+MAX_ROWS = 1024
+"""Rows decoded at once at most; vLLM wants no more than the tokens of a step."""
 FREE_SHARE = 1 / 3
+SHARED_MEMORY = Path("/dev/shm")
 WORKER = "src.models.vllm_worker.TillerWorker"
 
 
@@ -55,9 +60,10 @@ def start(
     with quiet(config.engine_log), kept_as_they_are():
         check_device(config, files)
         arguments = arguments_of(config, files, adapter, batch_size) | engine_args
-        check_memory(files, arguments)
-        engine = _engine(arguments)
-        runners = set(engine.collective_rpc("tiller_install"))
+        check_memory(files, arguments, config.tensor_parallel_size * config.pipeline_parallel_size)
+        with nothing_left_behind():
+            engine = _engine(arguments)
+            runners = set(engine.collective_rpc("tiller_install"))
     assert len(runners) == 1, f"workers of several kinds: {runners}"
     LOGGER.info("vLLM is ready after %.0f s", time.monotonic() - began)
     return engine, runners.pop()
@@ -111,7 +117,7 @@ def arguments_of(
         "tensor_parallel_size": config.tensor_parallel_size,
         "pipeline_parallel_size": config.pipeline_parallel_size,
         "enforce_eager": config.enforce_eager or (on_cpu and not config.compiled),
-        "max_num_seqs": batch_size,
+        "max_num_seqs": min(batch_size, MAX_ROWS),
         "max_logprobs": -1,
         "disable_log_stats": True,
         "use_tqdm_on_load": config.engine_log,
@@ -120,14 +126,13 @@ def arguments_of(
     return arguments | (adapter.engine_args() if adapter and not adapter.merged else {})
 
 
-def check_memory(files: ModelFiles, arguments: dict[str, Any]) -> None:
-    """Raises InputError where the CPU's memory does not hold the weights beside keys and values."""
+def check_memory(files: ModelFiles, arguments: dict[str, Any], n_workers: int) -> None:
+    """Raises InputError where the CPU's memory does not hold the weights beside each worker's keys and values."""
     if files.device.type != "cpu":
         return
-    stored = sum(file.stat().st_size for file in files.folder.glob("*.safetensors"))
-    # The stored dtype is not known without reading; most weights are stored in two bytes.
-    weights = stored * (2 if files.facts["dtype"] == "float32" and stored_in_half(files) else 1)
-    needed = weights + (arguments["kv_cache_memory_bytes"] or 0)
+    stored = sum(file.stat().st_size for file in Path(arguments["model"]).glob("*.safetensors"))
+    weights = int(stored * files.dtype.itemsize / stored_bytes(Path(arguments["model"])))
+    needed = weights + n_workers * (arguments["kv_cache_memory_bytes"] or 0)
     free = psutil.virtual_memory().available
     if needed > free:
         raise InputError(
@@ -137,12 +142,27 @@ def check_memory(files: ModelFiles, arguments: dict[str, Any]) -> None:
         )
 
 
-def stored_in_half(files: ModelFiles) -> bool:
-    """Whether the first weights of the model are stored in two bytes a number."""
+def stored_bytes(folder: Path) -> int:
+    """Bytes of one number of the first stored tensor: most models hold a single dtype."""
     from safetensors import safe_open
 
-    with safe_open(sorted(files.folder.glob("*.safetensors"))[0], framework="pt") as tensors:
-        return tensors.get_slice(next(iter(tensors.keys()))).get_dtype() in ("BF16", "F16")
+    with safe_open(sorted(folder.glob("*.safetensors"))[0], framework="pt") as tensors:
+        dtype = tensors.get_slice(next(iter(tensors.keys()))).get_dtype()
+    return max(1, int("".join(filter(str.isdigit, dtype)) or 32) // 8)
+
+
+def check_rotary(model_config: PreTrainedConfig, context: int | None) -> None:
+    """
+    Raises InputError for LongRoPE beyond the length that it was first trained for: vLLM then takes the long factors for
+    every prompt, transformers only for long ones.
+    """
+    parameters = getattr(model_config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    original = parameters.get("original_max_position_embeddings")
+    if parameters.get("rope_type") == "longrope" and original and (context or original + 1) > original:
+        raise InputError(
+            f"LongRoPE with a context of {context}: vLLM and transformers choose its factors differently above "
+            f"{original} tokens; take --max_model_len {original}, or --backend hf"
+        )
 
 
 def _engine(arguments: dict[str, Any]) -> Any:
@@ -159,16 +179,23 @@ def errors_in_words(model_id: str) -> Iterator[None]:
         yield
     except (InputError, CheckFailed):
         raise
-    except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
+    except (ValueError, RuntimeError, NotImplementedError, OSError, AttributeError, *_own_errors()) as error:
         LOGGER.error("vLLM did not start", exc_info=True, extra={FILE_ONLY: True})
         raise InputError(f"vLLM cannot run --model_id {model_id} here: {remedy(error)}") from error
+
+
+def _own_errors() -> tuple[type[Exception], ...]:
+    # Not a ValueError; asked for only once vLLM is imported, which is when it can be raised.
+    module = sys.modules.get("vllm.exceptions")
+    return (module.VLLMError,) if module else ()
 
 
 def remedy(error: Exception) -> str:
     """vLLM's own words, shortened, and what may help."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # pydantic puts the number of errors and the class first.
-    words = next((line for line in lines if "error" not in line.lower() or len(lines) == 1), str(error))[:500]
+    # pydantic puts the number of errors and the class first, and vLLM lists all it knows.
+    told = [line.removeprefix("Value error, ") for line in lines if not re.match(r"\d+ validation error", line)]
+    words = (told or [type(error).__name__])[0].split(". Supported ")[0][:300]
     text = str(error).lower()
     if "not supported" in text or "architecture" in text:
         return f"{words} (vLLM does not know this model; take --backend hf)"
@@ -179,11 +206,46 @@ def remedy(error: Exception) -> str:
 
 def stop(engine: Any) -> None:
     """End an engine, its workers and their shared memory, of which vLLM leaves some on the CPU."""
-    names = {name for name in engine.collective_rpc("tiller_shared_memory") if name}
-    engine.engine_core.shutdown()
-    for name in names:
-        for segment in Path("/dev/shm").glob(f"vllm_dist_{name}-*"):
-            segment.unlink(missing_ok=True)
+    names: set[str] = set()
+    try:
+        names = {name for name in engine.collective_rpc("tiller_shared_memory") if name}
+    finally:
+        engine.engine_core.shutdown()
+        for name in names:
+            for segment in SHARED_MEMORY.glob(f"vllm_dist_{name}-*"):
+                segment.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def nothing_left_behind() -> Iterator[None]:
+    """When starting ends early, also by Ctrl-C: end the workers begun in it, and remove what only they have mapped."""
+    segments, children = set(_segments()), set(psutil.Process().children(recursive=True))
+    try:
+        yield
+    except BaseException:
+        begun = [c for c in psutil.Process().children(recursive=True) if c not in children]
+        for child in begun:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        psutil.wait_procs(begun, timeout=5)
+        mapped = _mapped()
+        for segment in set(_segments()) - segments:
+            if str(segment) not in mapped:
+                segment.unlink(missing_ok=True)
+        raise
+
+
+def _segments() -> list[Path]:
+    return list(SHARED_MEMORY.glob("vllm_dist_*"))
+
+
+def _mapped() -> str:
+    """Every process's memory map that may be read, one after the other."""
+    maps = []
+    for process in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            maps.append(process.read_text(errors="replace"))
+    return "\n".join(maps)
 
 
 def facts(engine: Any, runner: str, adapter: Adapter | None) -> dict[str, str | None]:

@@ -32,6 +32,8 @@ class Tag:
 
     k: int
     seed: int
+    temperature: float
+    """As asked; vLLM raises small ones to 0.01."""
 
 
 def sampling_params(request: GenerationRequest, k: int, eos_ids: frozenset[int], runner: str) -> SamplingParams:
@@ -51,14 +53,14 @@ def sampling_params(request: GenerationRequest, k: int, eos_ids: frozenset[int],
         detokenize=False,
         logprobs=COLUMNS,
         flat_logprobs=True,
-        extra_args={TAG: {"k": k, "seed": request.seed}},
+        extra_args={TAG: {"k": k, "seed": request.seed, "temperature": request.temperature}},
     )
 
 
 def tag_of(params: SamplingParams | None) -> Tag | None:
     """The tag of a request, None for one of somebody else."""
     stated = (params.extra_args or {}).get(TAG) if params else None
-    return Tag(stated["k"], stated["seed"]) if stated else None
+    return Tag(**stated) if stated else None
 
 
 class TillerWorker:
@@ -128,10 +130,10 @@ def install_v1(runner: Any) -> None:
 
 
 def _next_tokens(logits: Tensor, requests: list[Any], tags: list[Tag], draws: "Draws") -> Tensor:
-    temperatures = [request.sampling_params.temperature for request in requests]
+    temperatures = [tag.temperature for tag in tags]
     uniforms = [
-        draws.at(request.req_id, tag.seed, len(request.output_token_ids)) if temperature > 0 else 0.0
-        for request, tag, temperature in zip(requests, tags, temperatures, strict=True)
+        draws.at(request.req_id, tag.seed, len(request.output_token_ids)) if tag.temperature > 0 else 0.0
+        for request, tag in zip(requests, tags, strict=True)
     ]
     return next_tokens(
         logits,
@@ -174,13 +176,11 @@ class Draws:
     """
 
     def __init__(self) -> None:
-        self._streams: dict[str, tuple[random.Random, list[float]]] = {}
+        self._streams: dict[tuple[str, int], tuple[random.Random, list[float]]] = {}
 
     def at(self, request_id: str, seed: int, index: int) -> float:
         """Draw number `index` of a request."""
-        if request_id not in self._streams:
-            self._streams[request_id] = (random.Random(seed), [])
-        stream, drawn = self._streams[request_id]
+        stream, drawn = self._streams.setdefault((request_id, seed), (random.Random(seed), []))
         while len(drawn) <= index:
             drawn.append(stream.random())
         return drawn[index]
@@ -188,7 +188,7 @@ class Draws:
     def keep(self, request_ids: dict[str, Any]) -> None:
         """Forgets the requests that have ended, once they are many."""
         if len(self._streams) > 2 * len(request_ids) + 64:
-            self._streams = {name: stream for name, stream in self._streams.items() if name in request_ids}
+            self._streams = {key: stream for key, stream in self._streams.items() if key[0] in request_ids}
 
 
 class SamplerV2:
