@@ -280,7 +280,6 @@ def bad_inputs(folder: Path, model: Path) -> dict[str, tuple[list[str], list[str
         "unknown bundled model": (replaced("--model_id", "bundled:gpt"), ["bundled:gpt", "bundled:smollm2-135m"]),
         "unknown style": ([*good, "--system_prompt_style", "foo"], ["--system_prompt_style 'foo'", "act-as"]),
         "broken template": ([*good, "--chat_template", str(folder / "broken.jinja")], ["broken.jinja:2", "Jinja"]),
-        "vllm": ([*good, "--backend", "vllm"], ["--backend vllm", "--backend hf"]),
         "bad number": ([*good, "--max_tokens", "many"], ["--max_tokens", "many", "whole number"]),
         "unwritable folder": (replaced("--output_dir", "/proc/nowhere/out"), ["/proc/nowhere/out", "folder"]),
         "missing flag": (good[2:], ["--prompts_json"]),
