@@ -1,6 +1,8 @@
 """Starting vLLM: its environment, memory and threads, and what is said when it cannot start."""
 
+import atexit
 import contextlib
+import gc
 import logging
 import os
 import re
@@ -55,6 +57,8 @@ def start(
     engine_args: dict[str, Any],
 ) -> tuple[Any, str]:
     """vLLM's engine with our sampler in it, and its runner's generation ("v1" or "v2"). Raises InputError."""
+    # Python's own end would look through all of vLLM's objects for cycles, seconds after a Ctrl-C.
+    atexit.register(gc.freeze)
     began = time.monotonic()
     LOGGER.info("Starting vLLM, which takes a minute or so …")
     with quiet(config.engine_log), kept_as_they_are():
