@@ -54,19 +54,28 @@ def choose_backend(config: EngineConfigBase, only_hf: str | None = None) -> tupl
     """
     if only_hf and config.backend == "vllm":
         raise InputError(f"--backend vllm: {only_hf} runs on transformers only; take --backend hf or auto")
-    installed = importlib.util.find_spec("vllm") is not None
     if config.backend == "vllm":
-        if not installed:
-            raise InputError(
-                "--backend vllm: vLLM is not installed; run the command as `uv run --extra cpu -m src.…` "
-                "(on a CUDA machine `--extra cuda`), or take --backend hf"
-            )
+        require_vllm()
         return "vllm", "asked for"
-    name, reason = _chosen(config, installed, only_hf)
+    name, reason = _chosen(config, vllm_is_installed(), only_hf)
     stray = [f"--{flag}" for flag in VLLM_ONLY if getattr(config, flag) != getattr(EngineConfigBase, flag)]
     if name == "hf" and stray:
         raise InputError(f"{', '.join(stray)}: only vLLM has that, and transformers it is ({reason}); --backend vllm")
     return name, reason
+
+
+def vllm_is_installed() -> bool:
+    """Whether vLLM can be imported; it is not."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+def require_vllm() -> None:
+    """Raises InputError when vLLM is not installed."""
+    if not vllm_is_installed():
+        raise InputError(
+            "--backend vllm: vLLM is not installed; run the command as `uv run --extra cpu -m src.…` "
+            "(on a CUDA machine `--extra cuda`), or take --backend hf"
+        )
 
 
 def _chosen(config: EngineConfigBase, installed: bool, only_hf: str | None) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from src.common.engine_config import EngineConfigBase
 from src.common.errors import InputError
 from src.models import loading, vllm_start
-from src.models.engine import bounded_context, choose_backend
+from src.models.engine import bounded_context, require_vllm
 from src.models.types import GenerationRequest, GenerationResult
 from src.models.vllm_adapter import Adapter, check_adapter, prepare_adapter
 from src.models.vllm_check import check_columns
@@ -63,7 +63,7 @@ class VLLMEngine:
         vLLM is not installed, knows no such model or finds too little memory, CheckFailed when the uncertainty that
         comes out of it is not that of a direct computation or the adapter does not act.
         """
-        choose_backend(config)
+        require_vllm()
         files = loading.resolve(config)
         tokenizer = loading.load_tokenizer(files.folder, config.trust_remote_code)
         model_config = loading.load_config(files.folder, config.trust_remote_code)
