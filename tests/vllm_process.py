@@ -58,7 +58,10 @@ def run_job(job: dict) -> dict:
     from src.models.language_model import generate_all
     from src.models.vllm_engine import VLLMEngine
 
-    requests = [GenerationRequest(**(r | {"token_ids": tuple(r["token_ids"])})) for r in job.get("requests", [])]
+    requests = [
+        GenerationRequest(**{k: tuple(v) if isinstance(v, list) else v for k, v in request.items()})
+        for request in job.get("requests", [])
+    ]
     config = EngineConfigBase(**({"output_dir": Path("unused"), "device": "cpu", "kv_cache_gib": 0.25} | job["config"]))
     preempted = []
     try:
