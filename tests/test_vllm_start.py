@@ -1,6 +1,7 @@
 import logging
 import os
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,3 +107,12 @@ def test_noise_is_kept_from_the_terminal_and_what_follows_is_not(capfd, caplog) 
     with vllm_start.quiet(engine_log=True):
         os.write(1, b"shown\n")
     assert capfd.readouterr().out == "shown\n"
+
+
+def test_a_package_is_hidden_and_comes_back_as_it_was() -> None:
+    import llvmlite.binding
+
+    with pytest.raises(KeyboardInterrupt), vllm_start.out_of_sight("llvmlite"):
+        assert not [name for name in sys.modules if name.split(".")[0] == "llvmlite"]
+        raise KeyboardInterrupt
+    assert sys.modules["llvmlite.binding"] is llvmlite.binding

@@ -61,7 +61,7 @@ def start(
     atexit.register(gc.freeze)
     began = time.monotonic()
     LOGGER.info("Starting vLLM, which takes a minute or so …")
-    with quiet(config.engine_log), kept_as_they_are():
+    with quiet(config.engine_log), kept_as_they_are(), out_of_sight("llvmlite"):
         check_device(config, files)
         arguments = arguments_of(config, files, adapter, batch_size) | engine_args
         check_memory(files, arguments, config.tensor_parallel_size * config.pipeline_parallel_size)
@@ -276,6 +276,21 @@ def kept_as_they_are() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads = set_num_threads
+
+
+@contextlib.contextmanager
+def out_of_sight(package: str) -> Iterator[None]:
+    """
+    Keep a package's loaded modules from code that looks through all of them: vLLM's kernel dispatcher asks every object
+    of every module for its attributes, and llvmlite's (loaded by numba, so by UMAP) raises then.
+    """
+    hidden = {name: module for name, module in sys.modules.items() if name.split(".")[0] == package}
+    for name in hidden:
+        del sys.modules[name]
+    try:
+        yield
+    finally:
+        sys.modules.update(hidden)
 
 
 @contextlib.contextmanager
