@@ -57,6 +57,20 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, bundled_folder: Path) 
 
 
 @pytest.fixture(scope="session")
+def small_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with heads of 32, the smallest that vLLM's attention on the CPU takes."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.tiny_models import COMMON, copy_model
+
+    folder = copy_model(tiny_folder, tmp_path_factory.mktemp("small") / "small")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**COMMON, head_dim=32)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def vllm_engine() -> Iterator["VLLMEngine"]:
     """The bundled model in vLLM, float32, a context of 1024. One a process: two share vLLM's global state."""
     from src.common.engine_config import EngineConfigBase

@@ -29,11 +29,8 @@ MERGED = ("dora", "head")
 
 
 @pytest.fixture(scope="module")
-def base(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = copy_model(tiny_folder, tmp_path_factory.mktemp("base") / "base")
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**COMMON, head_dim=32)).save_pretrained(folder)
-    return folder
+def base(small_folder: Path) -> Path:
+    return small_folder
 
 
 @pytest.fixture(scope="module")

@@ -258,19 +258,6 @@ def test_an_error_in_the_step_thread_reaches_everyone(vllm_engine, requests, mon
 
 
 @pytest.fixture(scope="module")
-def small_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with heads of 32, the smallest that vLLM's attention on the CPU takes."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from tests.tiny_models import COMMON, copy_model
-
-    folder = copy_model(tiny_folder, tmp_path_factory.mktemp("small") / "small")
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**COMMON, head_dim=32)).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def tiny_jobs(small_folder: Path, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """Engines on the tiny model, one after another in one process."""
     from safetensors.torch import load_file, save_file

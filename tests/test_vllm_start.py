@@ -11,7 +11,7 @@ import torch
 
 from src.common.engine_config import EngineConfigBase
 from src.common.errors import CheckFailed, InputError
-from src.models import loading, vllm_start
+from src.models import loading, vllm_process, vllm_start
 
 pytestmark = pytest.mark.vllm
 
@@ -95,8 +95,8 @@ def test_our_own_errors_stay_what_they_are() -> None:
 
 
 def test_noise_is_kept_from_the_terminal_and_what_follows_is_not(capfd, caplog) -> None:
-    caplog.set_level(logging.DEBUG, "src.models.vllm_start")
-    with pytest.raises(KeyboardInterrupt), vllm_start.quiet(engine_log=False):
+    caplog.set_level(logging.DEBUG, "src.models.vllm_process")
+    with pytest.raises(KeyboardInterrupt), vllm_process.quiet(engine_log=False):
         os.write(1, b"from C++ \xff\n")
         subprocess.run(["echo", "from a child"], check=True)
         raise KeyboardInterrupt
@@ -104,7 +104,7 @@ def test_noise_is_kept_from_the_terminal_and_what_follows_is_not(capfd, caplog) 
     captured = capfd.readouterr()
     assert "from" not in captured.out + captured.err and captured.err == "after\n"
     assert "from C++" in caplog.text and "from a child" in caplog.text
-    with vllm_start.quiet(engine_log=True):
+    with vllm_process.quiet(engine_log=True):
         os.write(1, b"shown\n")
     assert capfd.readouterr().out == "shown\n"
 
@@ -112,7 +112,30 @@ def test_noise_is_kept_from_the_terminal_and_what_follows_is_not(capfd, caplog) 
 def test_a_package_is_hidden_and_comes_back_as_it_was() -> None:
     import llvmlite.binding
 
-    with pytest.raises(KeyboardInterrupt), vllm_start.out_of_sight("llvmlite"):
+    with pytest.raises(KeyboardInterrupt), vllm_process.out_of_sight("llvmlite"):
         assert not [name for name in sys.modules if name.split(".")[0] == "llvmlite"]
         raise KeyboardInterrupt
     assert sys.modules["llvmlite.binding"] is llvmlite.binding
+
+
+def test_longrope_is_refused_where_the_engines_part(tiny_folder: Path) -> None:
+    from transformers import Phi3Config
+
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    long = Phi3Config(
+        hidden_size=32, num_attention_heads=4, max_position_embeddings=512, original_max_position_embeddings=128,
+        pad_token_id=0, rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, **factors},
+    )  # fmt: skip
+    vllm_start.check_rotary(long, 128)
+    for context in (129, 512, None):
+        with pytest.raises(InputError, match=r"LongRoPE.*--max_model_len 128"):
+            vllm_start.check_rotary(long, context)
+    vllm_start.check_rotary(loading.load_config(tiny_folder), 512)
+
+
+@pytest.mark.parametrize(("dtype", "n_bytes"), [("float32", 4), ("bfloat16", 2), ("float8_e4m3fn", 1), ("bool", 1)])
+def test_bytes_of_a_stored_number(tmp_path: Path, dtype: str, n_bytes: int) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(3).to(getattr(torch, dtype))}, tmp_path / "model.safetensors")
+    assert vllm_start.stored_bytes(tmp_path) == n_bytes

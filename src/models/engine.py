@@ -114,6 +114,25 @@ def load_engine(config: EngineConfigBase, batch_size: int, only_hf: str | None =
     return model
 
 
+def refuse_unsupported(requests: Sequence[GenerationRequest], context_length: int | None, can_steer: bool) -> None:
+    """
+    Raises InputError for a request that asks for a capture, or for interventions of an engine that cannot steer, or
+    whose prompt alone fills the context.
+    """
+    for request in requests:
+        if request.spec and not can_steer:
+            raise InputError(
+                f"request {request.id!r} asks for interventions, which vLLM cannot do here; --backend hf can"
+            )
+        if request.capture is not None:
+            raise InputError(f"request {request.id!r} asks for a capture, which this engine cannot do")
+        if context_length and len(request.token_ids) >= context_length:
+            raise InputError(
+                f"request {request.id!r}: its prompt has {len(request.token_ids)} tokens and the model's context "
+                f"{context_length}; shorten the prompt or take a model with a longer context"
+            )
+
+
 def bounded_context(config: EngineConfigBase, context: int | None) -> int | None:
     """The model's context, or the part of it that --max_model_len leaves. Raises InputError when it asks for more."""
     if config.max_model_len and context and config.max_model_len > context:

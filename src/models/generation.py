@@ -49,13 +49,13 @@ def needs_equal_lengths(model: nn.Module) -> bool:
     config = model.config.get_text_config(decoder=True)
     layer_types = getattr(config, "layer_types", None) or []
     recurrent = any(kind not in ATTENTION_LAYER_TYPES for kind in layer_types)
-    recurrent = recurrent or ROPE_OF_THE_LONGEST & _rope_types(getattr(config, "rope_parameters", None) or {})
+    recurrent = recurrent or ROPE_OF_THE_LONGEST & rope_types(getattr(config, "rope_parameters", None) or {})
     return bool(recurrent) or "position_ids" not in inspect.signature(model.forward).parameters
 
 
-def _rope_types(parameters: dict) -> set[str]:
+def rope_types(parameters: dict) -> set[str]:
     """The kinds of rotary embedding of a model, whose parameters may be nested per layer type."""
-    nested = [_rope_types(value) for value in parameters.values() if isinstance(value, dict)]
+    nested = [rope_types(value) for value in parameters.values() if isinstance(value, dict)]
     return {str(parameters.get("rope_type"))}.union(*nested)
 
 

@@ -17,7 +17,7 @@ from src.models import loading
 from src.models.architectures import decoder_layers
 from src.models.cpu_linear import packed_linears
 from src.models.devices import FREE_MEMORY_SHARE, free_memory, is_out_of_memory
-from src.models.engine import Engine
+from src.models.engine import Engine, refuse_unsupported
 from src.models.generation import Row, decode_batch, needs_equal_lengths
 from src.models.types import GenerationRequest, GenerationResult
 
@@ -77,7 +77,7 @@ class LanguageModel:
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
         if not 1 <= top_k <= vocabulary:
             raise InputError(f"top-k mass of {top_k} tokens: expected 1 to the vocabulary's {vocabulary}")
-        self._refuse_unsupported(requests)
+        refuse_unsupported(requests, self.context_length, can_steer=True)
         queue = [self._fitted(request) for request in sorted(requests, key=lambda r: -len(r.token_ids))]
         with torch.inference_mode(), packed_linears(self.model):
             pass_on = lambda row, reason: on_result(self._result(row, reason))  # noqa: E731
@@ -106,16 +106,6 @@ class LanguageModel:
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of generated tokens, special tokens left out."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def _refuse_unsupported(self, requests: Sequence[GenerationRequest]) -> None:
-        for request in requests:
-            if request.capture is not None:
-                raise InputError(f"request {request.id!r} asks for a capture, which this engine cannot do")
-            if self.context_length and len(request.token_ids) >= self.context_length:
-                raise InputError(
-                    f"request {request.id!r}: its prompt has {len(request.token_ids)} tokens and the model's context "
-                    f"{self.context_length}; shorten the prompt or take a model with a longer context"
-                )
 
     def _fitted(self, request: GenerationRequest) -> GenerationRequest:
         room = (self.context_length or len(request.token_ids) + request.max_tokens) - len(request.token_ids)

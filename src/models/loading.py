@@ -124,11 +124,16 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
         raise InputError(f"{folder}: {_first_line(error)}") from error
 
 
+def auto_class_of(config: PreTrainedConfig) -> type:
+    """The transformers class that makes a model of this configuration, with its vision tower where it has one."""
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map")
+    return AutoModelForCausalLM if causal else AutoModelForImageTextToText
+
+
 def load_weights(folder: Path, config: ModelConfigBase, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The model of a folder, without an adapter. Raises InputError when weights are missing or cannot be read."""
     model_config = load_config(folder, config.trust_remote_code)
-    causal = type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(model_config, "auto_map")
-    auto_class = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+    auto_class = auto_class_of(model_config)
     capped = getattr(model_config.get_text_config(decoder=True), "attn_logit_softcapping", None)
     try:
         model, report = auto_class.from_pretrained(

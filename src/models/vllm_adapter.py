@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from src.common.engine_config import EngineConfigBase
 from src.common.errors import CheckFailed, InputError
-from src.models.loading import ModelFiles, load_config
+from src.models.loading import ModelFiles, auto_class_of, load_config
 from src.models.merging import merged_copy
 from src.models.vllm_check import distribution
 
@@ -104,10 +104,10 @@ def check_fit(files: ModelFiles) -> None:
     a corner of the matrix, and leaves places empty.
     """
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
-    from transformers import AutoModelForCausalLM
 
+    config = load_config(files.folder)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(files.folder))
+        model = auto_class_of(config).from_config(config)
         wrapped = get_peft_model(model, PeftConfig.from_pretrained(files.adapter))
         places = {
             name: tuple(tensor.shape)

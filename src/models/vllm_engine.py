@@ -5,11 +5,11 @@ vLLM runs inside this process (its workers are processes of their own only where
 nothing survives it, and every request is in flight from the start.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from types import TracebackType
 from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase
@@ -17,10 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from src.common.engine_config import EngineConfigBase
 from src.common.errors import InputError
 from src.models import loading, vllm_start
-from src.models.engine import bounded_context, require_vllm
+from src.models.engine import bounded_context, refuse_unsupported, require_vllm
 from src.models.types import GenerationRequest, GenerationResult
 from src.models.vllm_adapter import Adapter, check_adapter, prepare_adapter
 from src.models.vllm_check import check_columns
+from src.models.vllm_process import stop
 
 LOGGER = logging.getLogger(__name__)
 OnResult = Callable[[GenerationResult], None]
@@ -71,26 +72,23 @@ class VLLMEngine:
         vllm_start.check_rotary(model_config, context)
         generation_config = loading.load_generation_config(files.folder)
         vllm_start.set_environment(config.engine_log)
-        adapter = prepare_adapter(files, config) if files.adapter else None
-        with vllm_start.errors_in_words(config.model_id):
+        with vllm_start.errors_in_words(config.model_id), contextlib.ExitStack() as undo:
+            adapter = prepare_adapter(files, config) if files.adapter else None
             engine, runner = vllm_start.start(config, files, adapter, batch_size, engine_args)
-        facts = files.facts | vllm_start.facts(engine, runner, adapter)
-        loaded = cls(
-            engine,
-            tokenizer,
-            facts=facts,
-            eos_ids=loading.eos_token_ids(model_config, generation_config, tokenizer),
-            context_length=context,
-            adapter=adapter if adapter and not adapter.merged else None,
-        )
-        try:
-            with vllm_start.errors_in_words(config.model_id):
-                check_columns(loaded)
-                if adapter and not adapter.merged:
-                    check_adapter(loaded, adapter)
-        except BaseException:
-            loaded.close()
-            raise
+            undo.callback(stop, engine)
+            applied = adapter if adapter and not adapter.merged else None
+            loaded = cls(
+                engine,
+                tokenizer,
+                facts=files.facts | vllm_start.facts(engine, runner, adapter),
+                eos_ids=loading.eos_token_ids(model_config, generation_config, tokenizer),
+                context_length=context,
+                adapter=applied,
+            )
+            check_columns(loaded)
+            if applied:
+                check_adapter(loaded, applied)
+            undo.pop_all()
         return loaded
 
     def generate(
@@ -128,6 +126,7 @@ class VLLMEngine:
         vocabulary = self._engine.model_config.get_vocab_size()
         if not 1 <= top_k <= vocabulary:
             raise InputError(f"top-k mass of {top_k} tokens: expected 1 to the vocabulary's {vocabulary}")
+        refuse_unsupported(requests, self.context_length, can_steer=False)
         for request in requests:
             stray = next((token for token in request.token_ids if not 0 <= token < vocabulary), None)
             if stray is not None:
@@ -136,14 +135,6 @@ class VLLMEngine:
                 raise InputError(
                     f"request {request.id!r}: temperature {request.temperature}; vLLM on CUDA draws at none below "
                     f"{MIN_TEMPERATURE}; take 0, or --backend hf"
-                )
-            if request.spec or request.capture is not None:
-                what = "a capture" if request.capture is not None else "interventions"
-                raise InputError(f"request {request.id!r} asks for {what}, which vLLM cannot do here; --backend hf can")
-            if self.context_length and len(request.token_ids) >= self.context_length:
-                raise InputError(
-                    f"request {request.id!r}: its prompt has {len(request.token_ids)} tokens and the model's context "
-                    f"{self.context_length}; shorten the prompt or take a model with a longer context"
                 )
             needed = len(request.token_ids) + self.fitted(request).max_tokens
             if needed > self.room:
@@ -215,14 +206,12 @@ class VLLMEngine:
         """End vLLM: its workers, its shared memory and its share of this process's."""
         if not self._closed:
             self._closed = True
-            vllm_start.stop(self._engine)
+            stop(self._engine)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _top_up(self, running: dict[str, int], waiting: Iterator[GenerationRequest], top_k: int) -> None:

@@ -7,21 +7,21 @@ import logging
 import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from transformers import PreTrainedConfig
 
 from src.common.engine_config import EngineConfigBase
 from src.common.errors import CheckFailed, InputError
 from src.common.logs import FILE_ONLY
+from src.models.generation import rope_types
 from src.models.loading import ModelFiles
 from src.models.vllm_adapter import Adapter
+from src.models.vllm_process import kept_as_they_are, nothing_left_behind, out_of_sight, quiet
 
 LOGGER = logging.getLogger(__name__)
 ENVIRONMENT = {
@@ -37,7 +37,6 @@ KV_CACHE_GIB = 4.0
 MAX_ROWS = 1024
 """Rows decoded at once at most; vLLM wants no more than the tokens of a step."""
 FREE_SHARE = 1 / 3
-SHARED_MEMORY = Path("/dev/shm")
 WORKER = "src.models.vllm_worker.TillerWorker"
 
 
@@ -106,7 +105,8 @@ def arguments_of(
     on_cpu = files.device.type == "cpu"
     kv_cache_gib = config.kv_cache_gib
     if kv_cache_gib is None and on_cpu and config.gpu_memory_utilization is None:
-        kv_cache_gib = min(KV_CACHE_GIB, FREE_SHARE * psutil.virtual_memory().available / 2**30)
+        n_workers = config.tensor_parallel_size * config.pipeline_parallel_size
+        kv_cache_gib = min(KV_CACHE_GIB, FREE_SHARE * psutil.virtual_memory().available / 2**30 / n_workers)
     arguments = {
         "model": str(adapter.merged if adapter and adapter.merged else files.folder),
         "skip_tokenizer_init": True,
@@ -152,7 +152,8 @@ def stored_bytes(folder: Path) -> int:
 
     with safe_open(sorted(folder.glob("*.safetensors"))[0], framework="pt") as tensors:
         dtype = tensors.get_slice(next(iter(tensors.keys()))).get_dtype()
-    return max(1, int("".join(filter(str.isdigit, dtype)) or 32) // 8)
+    bits = re.search(r"\d+", dtype)
+    return max(1, int(bits.group()) // 8) if bits else 1
 
 
 def check_rotary(model_config: PreTrainedConfig, context: int | None) -> None:
@@ -160,9 +161,12 @@ def check_rotary(model_config: PreTrainedConfig, context: int | None) -> None:
     Raises InputError for LongRoPE beyond the length that it was first trained for: vLLM then takes the long factors for
     every prompt, transformers only for long ones.
     """
-    parameters = getattr(model_config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    original = parameters.get("original_max_position_embeddings")
-    if parameters.get("rope_type") == "longrope" and original and (context or original + 1) > original:
+    text = model_config.get_text_config(decoder=True)
+    parameters = getattr(text, "rope_parameters", None) or {}
+    original = parameters.get("original_max_position_embeddings") or getattr(
+        text, "original_max_position_embeddings", None
+    )
+    if "longrope" in rope_types(parameters) and not (original and context and context <= original):
         raise InputError(
             f"LongRoPE with a context of {context}: vLLM and transformers choose its factors differently above "
             f"{original} tokens; take --max_model_len {original}, or --backend hf"
@@ -183,7 +187,7 @@ def errors_in_words(model_id: str) -> Iterator[None]:
         yield
     except (InputError, CheckFailed):
         raise
-    except (ValueError, RuntimeError, NotImplementedError, OSError, AttributeError, *_own_errors()) as error:
+    except (ValueError, RuntimeError, NotImplementedError, OSError, *_own_errors()) as error:
         LOGGER.error("vLLM did not start", exc_info=True, extra={FILE_ONLY: True})
         raise InputError(f"vLLM cannot run --model_id {model_id} here: {remedy(error)}") from error
 
@@ -208,50 +212,6 @@ def remedy(error: Exception) -> str:
     return f"{words} (--engine_log shows more; --backend hf needs no vLLM)"
 
 
-def stop(engine: Any) -> None:
-    """End an engine, its workers and their shared memory, of which vLLM leaves some on the CPU."""
-    names: set[str] = set()
-    try:
-        names = {name for name in engine.collective_rpc("tiller_shared_memory") if name}
-    finally:
-        engine.engine_core.shutdown()
-        for name in names:
-            for segment in SHARED_MEMORY.glob(f"vllm_dist_{name}-*"):
-                segment.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def nothing_left_behind() -> Iterator[None]:
-    """When starting ends early, also by Ctrl-C: end the workers begun in it, and remove what only they have mapped."""
-    segments, children = set(_segments()), set(psutil.Process().children(recursive=True))
-    try:
-        yield
-    except BaseException:
-        begun = [c for c in psutil.Process().children(recursive=True) if c not in children]
-        for child in begun:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-        psutil.wait_procs(begun, timeout=5)
-        mapped = _mapped()
-        for segment in set(_segments()) - segments:
-            if str(segment) not in mapped:
-                segment.unlink(missing_ok=True)
-        raise
-
-
-def _segments() -> list[Path]:
-    return list(SHARED_MEMORY.glob("vllm_dist_*"))
-
-
-def _mapped() -> str:
-    """Every process's memory map that may be read, one after the other."""
-    maps = []
-    for process in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):
-            maps.append(process.read_text(errors="replace"))
-    return "\n".join(maps)
-
-
 def facts(engine: Any, runner: str, adapter: Adapter | None) -> dict[str, str | None]:
     """What provenance records of the engine."""
     import vllm
@@ -266,56 +226,3 @@ def facts(engine: Any, runner: str, adapter: Adapter | None) -> dict[str, str | 
             engine.vllm_config.cache_config.num_gpu_blocks * engine.vllm_config.cache_config.block_size
         ),
     }
-
-
-@contextlib.contextmanager
-def kept_as_they_are() -> Iterator[None]:
-    """vLLM's CPU worker forbids changing the number of threads in the whole process: here it stays allowed."""
-    set_num_threads = torch.set_num_threads
-    try:
-        yield
-    finally:
-        torch.set_num_threads = set_num_threads
-
-
-@contextlib.contextmanager
-def out_of_sight(package: str) -> Iterator[None]:
-    """
-    Keep a package's loaded modules from code that looks through all of them: vLLM's kernel dispatcher asks every object
-    of every module for its attributes, and llvmlite's (loaded by numba, so by UMAP) raises then.
-    """
-    hidden = {name: module for name, module in sys.modules.items() if name.split(".")[0] == package}
-    for name in hidden:
-        del sys.modules[name]
-    try:
-        yield
-    finally:
-        sys.modules.update(hidden)
-
-
-@contextlib.contextmanager
-def quiet(engine_log: bool) -> Iterator[None]:
-    """
-    Without `engine_log`, what vLLM's libraries write to stdout and stderr is kept from the terminal, also what comes
-    from C++ and from child processes; it becomes debug records.
-    """
-    if engine_log:
-        yield
-        return
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as noise:
-        kept = [os.dup(1), os.dup(2)]
-        try:
-            os.dup2(noise.fileno(), 1)
-            os.dup2(noise.fileno(), 2)
-            yield
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for number, copy in zip((1, 2), kept, strict=True):
-                os.dup2(copy, number)
-                os.close(copy)
-            noise.seek(0)
-            for line in noise.read().decode(errors="replace").splitlines():
-                LOGGER.debug("vLLM: %s", line)
