@@ -51,7 +51,7 @@ def main(config: ExtractDirectionsConfig) -> None:
 def extract(config: ExtractDirectionsConfig, run: Run, source) -> None:
     """The steps that need the model. source: a `Source`."""
     from src.common.directions_file import write_directions
-    from src.directions.extraction import extract_all, refuse_same_tokens, refuse_too_many
+    from src.directions.extraction import extract_all, refuse_same_tokens, refuse_too_many, refuse_too_many_directions
     from src.directions.outcome import next_command, print_outcome
     from src.directions.outputs import FILE_NAME, directions_of, export_all
     from src.directions.report import Reported, report
@@ -64,6 +64,7 @@ def extract(config: ExtractDirectionsConfig, run: Run, source) -> None:
     shape = load_config(files.folder, config.trust_remote_code).get_text_config(decoder=True)
     layers = config.wanted_layers(shape.num_hidden_layers)
     refuse_too_many(len(source.contrast.examples), shape.hidden_size)
+    refuse_too_many_directions(source, shape.hidden_size)
     tokenizer = load_tokenizer(files.folder, config.trust_remote_code)
     sequences, details = source.sequences(tokenizer, files.facts, run.first_started.date())
     refuse_same_tokens(sequences, config.token_position)

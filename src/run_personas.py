@@ -88,11 +88,13 @@ def ask(config: RunPersonasConfig, run: Run, tasks: Sequence, follow_ups: list[P
     from src.common.progress import Progress
     from src.models.chat_format import PersonaRenderer, with_chat_template
     from src.models.engine import choose_backend, load_engine
+    from src.models.intervention_check import refuse_unfit
     from src.models.projections import projection_onto
     from src.personas.conversations import Conversations, all_row_ids
 
     # Before the minute that loading may take: rows of two engines are not mixed.
     run.record(backend=choose_backend(config, config.only_hf)[0])
+    refuse_unfit(config)
     with load_engine(config, config.batch_size, config.only_hf) as engine:
         entries = config.entries()
         spec = engine.resolve(entries, config.allow_model_mismatch) if entries else None

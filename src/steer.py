@@ -96,11 +96,13 @@ def ask(config: SteerConfig, run: Run, arms: Sequence, tasks: Sequence, results,
     """Load the model and ask; every row is on disk as soon as it is whole."""
     from src.common.progress import Progress
     from src.models.engine import load_engine
+    from src.models.intervention_check import refuse_unfit
     from src.models.projections import Projection, one_place, projection_onto
+    from src.models.single_prompts import SinglePromptRenderer
     from src.steering.arms import fingerprint_of, specs_of
     from src.steering.asking import Asking
-    from src.steering.prompts import PromptRenderer
 
+    refuse_unfit(config)
     with load_engine(config, config.batch_size, ONLY_HF) as model:
         specs = specs_of(arms, model, config.seed, config.allow_model_mismatch)
         run.record(**model.facts, interventions_fingerprint=fingerprint_of(specs))
@@ -110,7 +112,10 @@ def ask(config: SteerConfig, run: Run, arms: Sequence, tasks: Sequence, results,
         )
         run.record(projected_onto=str(projection.place))
         LOGGER.info("Responses are projected at %s", projection.place)
-        renderer = PromptRenderer(config, model.tokenizer, run.first_started.date())
+        renderer = SinglePromptRenderer(
+            model.tokenizer, run.first_started.date(), raw=config.raw_prompts, system_prompt=config.system_prompt,
+            chat_template=config.chat_template, thinking=config.thinking_mode,
+        )  # fmt: skip
         asking = Asking(config, model, renderer, specs, projection, lists)
         done = sum(task.row_id in results.rows for task in tasks)
         with Progress(total=len(tasks), done=done) as progress:

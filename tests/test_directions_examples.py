@@ -175,5 +175,7 @@ def test_layers_are_those_of_the_model() -> None:
     assert config(pairs_path=Path("a"), layers="1,4-5").wanted_layers(6) == (1, 4, 5)
     with pytest.raises(InputError, match="layer 5; the model's layers are 0 to 4"):
         config(pairs_path=Path("a"), layers="1,4-5").wanted_layers(5)
+    with pytest.raises(InputError, match=r"--export gguf.*layer 0"):
+        config(pairs_path=Path("a"), layers="0", export=["gguf"]).wanted_layers(5)
     with pytest.raises(InputError, match="--report_layer 2"):
         config(pairs_path=Path("a"), layers="1", report_layer=2).wanted_layers(5)

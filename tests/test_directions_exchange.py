@@ -35,14 +35,14 @@ def test_what_is_exported_is_imported_again(tmp_path: Path, suffix: str, absent:
 
 def test_imported_directions_are_an_ordinary_file(tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", **{"1": 3 * np.eye(8)[2], "layer_3": -0.5 * np.eye(8)[5]})
-    directions = taken(tmp_path / "d.npz")
+    directions = taken(tmp_path / "d.npz", adapter_fingerprint="a")
     write_directions(tmp_path / "d.safetensors", directions)
     again = read_directions(tmp_path / "d.safetensors")
     assert again.layers_present == (1, 3)
     assert np.array_equal(again.vector(1), np.eye(8, dtype=np.float32)[2])
     assert np.array_equal(again.vector(3), -np.eye(8, dtype=np.float32)[5])
     assert again.metadata.imported_norms == [None, [3.0], None, [0.5]]
-    assert again.metadata.method == "imported from npz"
+    assert again.metadata.method == "imported from npz" and again.metadata.adapter_fingerprint == "a"
 
 
 def control_vector(path: Path, architecture: str = "controlvector", **vectors: np.ndarray) -> Path:
@@ -142,6 +142,15 @@ def test_damaged_files_are_refused_wherever_they_are_cut(tmp_path: Path, suffix:
         cut.write_bytes(content[:length])
         with pytest.raises(InputError, match="cut"):
             taken(cut)
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.ones(4, 8).to_sparse(), torch.ones(4, 8, device="meta")], ids=["sparse", "meta"]
+)
+def test_tensors_without_all_their_numbers_are_refused(tmp_path: Path, tensor: torch.Tensor) -> None:
+    torch.save(tensor, tmp_path / "d.pt")
+    with pytest.raises(InputError, match="not an array of floats"):
+        taken(tmp_path / "d.pt")
 
 
 BAD_ARRAYS = {

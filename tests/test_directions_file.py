@@ -164,7 +164,11 @@ BAD = {
     "no layer": (spoiled(swap("layers_present", lambda p: p[:0])), r"layers_present is \[\]"),
     "layer twice": (spoiled(swap("layers_present", lambda p: np.array([0, 1, 1, 2]))), r"is \[0, 1, 1, 2\]"),
     "layer beyond": (spoiled(swap("layers_present", lambda p: p + 1)), "rising layers of 0 to 2"),
-    "float64": (spoiled(swap("directions", lambda d: d.astype(np.float64))), "float64.*expected float32"),
+    "float64": (spoiled(swap("directions", lambda d: d.astype(np.float64))), "stored as F64; expected F32"),
+    "layers as floats": (
+        spoiled(swap("layers_present", lambda p: np.array([0, 1, np.nan]))), "layers_present is stored as F64",
+    ),
+    "metadata too deep": (spoiled(text="[" * 10**6), "not of version 1"),
     "two dimensions": (spoiled(swap("directions", lambda d: d[:, 0])), r"\(3, 8\); expected float32 \(n_layers"),
     "width 0": (spoiled(swap("directions", lambda d: d[:, :, :0])), r"\(3, 2, 0\)"),
 }  # fmt: skip
@@ -177,6 +181,17 @@ def test_a_bad_file_is_refused_with_its_path(tmp_path: Path, name: str) -> None:
     path.write_bytes(content)
     with pytest.raises(InputError, match=rf"bad\.safetensors: .*{message}"):
         read_directions(path)
+
+
+def test_bfloat16_vectors_are_refused(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    stored = {name: torch.from_numpy(each) for name, each in tensors(some_directions()).items()}
+    stored["directions"] = stored["directions"].bfloat16()
+    save_file(stored, tmp_path / "d.safetensors", {METADATA_KEY: json.dumps(metadata(some_directions()))})
+    with pytest.raises(InputError, match=r"d\.safetensors: directions is stored as BF16; expected F32"):
+        read_directions(tmp_path / "d.safetensors")
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:

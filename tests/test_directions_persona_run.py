@@ -14,6 +14,7 @@ from src.common.cli import parse_config
 from src.common.directions_file import read_directions
 from src.common.errors import InputError
 from src.common.model_config import ModelConfigBase
+from src.directions.examples import held_out_ids
 from src.directions.persona_run import PersonaRun
 from src.directions.settings import DirectionSettings
 from src.extract_directions import ExtractDirectionsConfig
@@ -91,8 +92,6 @@ def test_directions_are_of_the_mean_over_the_response(run: Path, model: Language
     source, settings = PersonaRun(run), config(run, "--negative_where", "persona=assistant")
     contrast = source.contrast(settings)
     assert {example.row["persona"] for example in contrast.control} == {"assistant"}
-    from src.directions.examples import held_out_ids
-
     held = held_out_ids(contrast, settings.val_fraction, settings.seed)
     for prompt in range(len(QUESTIONS)):
         of_prompt = [e.id in held for e in contrast.examples if e.row["prompt_id"] == str(prompt)]
@@ -119,6 +118,19 @@ def test_positions_in_the_prompt_need_no_answer_and_count_a_prompt_once(run: Pat
     ):
         assert sequence.prompt_length == len(sequence.token_ids)
         assert model.tokenizer.decode(sequence.token_ids[slice(*sequence.text_span)]) == example.text
+
+
+def test_one_question_under_two_ids_is_not_fitted_on_and_held_out(run: Path, tmp_path: Path) -> None:
+    again = lambda row: row | ({"prompt": QUESTIONS[0]} if row["turn"] == 0 and row["prompt_id"] in "4567" else {})  # noqa: E731
+    source = PersonaRun(changed(run, tmp_path / "a", again))
+    for where in ("persona=Hamlet", "turn=1"):
+        contrast = source.contrast(
+            config(run, *(["--negative_where", "turn=0"] if "turn" in where else []), where=where)
+        )
+        for seed in range(20):
+            held = held_out_ids(contrast, 0.5, seed)
+            of_question = [e.id in held for e in contrast.examples if e.row["prompt_id"] in "04567"]
+            assert len(set(of_question)) == 1, (where, seed)
 
 
 def changed(run: Path, folder: Path, change) -> Path:
@@ -179,8 +191,6 @@ def test_thinking_counts_as_prompt(run: Path, model: LanguageModel) -> None:
     ],
 )
 def test_rows_that_cannot_be_chosen_are_named(run: Path, more: list, where: str, expected: list[str]) -> None:
-    from src.directions.examples import held_out_ids
-
     settings = config(run, *more, where=where)
     with pytest.raises(InputError) as caught:
         held_out_ids(PersonaRun(run).contrast(settings), settings.val_fraction, settings.seed)
@@ -202,6 +212,7 @@ def test_a_run_of_another_model_or_another_command_is_refused(run: Path, tiny_fo
     for name, change, expected in [
         ("unfinished", lambda folder: (folder / "DONE").unlink(), "has not finished"),
         ("foreign", lambda folder: rewrite(folder, command="steer"), "a run of steer"),
+        ("empty", lambda folder: (folder / "results.jsonl").write_text(""), "no rows in it"),
         ("steered", lambda folder: rewrite(folder, steer=["a:1:2"]), "--steer"),
     ]:
         folder = tmp_path / name

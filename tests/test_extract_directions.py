@@ -16,9 +16,12 @@ from src.common.cli import parse_config
 from src.common.directions_file import read_directions
 from src.common.errors import InputError
 from src.common.model_config import ModelConfigBase
+from src.directions.outcome import next_command
+from src.directions.outputs import import_file
 from src.extract_directions import ExtractDirectionsConfig, main
 from src.models.fingerprint import fingerprint
 from src.models.language_model import LanguageModel
+from src.steer import SteerConfig
 from tests.conftest import ROOT
 from tests.planted_model import plant, save
 from tests.tiny_models import copy_model
@@ -197,6 +200,12 @@ def test_exports_are_imported_as_they_were(finished, tiny_folder: Path, tmp_path
         layers = (1,) if name == "gguf" else (0, 1)
         assert found.layers_present == layers and found.metadata.model_fingerprint == fingerprint(tiny_folder)
         assert np.abs(found.directions[list(layers)] - expected.directions[list(layers)]).max() < 1e-6
+    config = ExtractDirectionsConfig(
+        model_id="m", output_dir=tmp_path, import_path=whole / "directions.npz", adapter_path=tmp_path
+    )
+    # A direction of a model with its adapter is one of another model than the bare one.
+    facts = {"model_fingerprint": "m", "adapter_fingerprint": "a"}
+    assert import_file(config, facts, 2, 32).metadata.adapter_fingerprint == "a"
     np.savez(tmp_path / "wide.npz", layer_1=np.ones(7, dtype=np.float32))
     with pytest.raises(InputError, match=r"7 coordinates.* 32"):
         extract("--import_path", tmp_path / "wide.npz", "--model_id", tiny_folder, "--output_dir", tmp_path / "w")
@@ -275,7 +284,20 @@ def test_bad_input_is_one_line_with_place_and_remedy(inputs: Path, tiny_folder: 
         (["--layers", "0-5"], ["layer 5", "0 to 1"]),
         (["--report_layer", "9"], ["--report_layer 9"]),
         (["--token_position", "token:-500"], ["token:-500", "leave it out"]),
-        (["--method", "pca", "--n_directions", "40"], ["no layer has a direction", "expected 1 to"]),
+        (["--method", "pca", "--n_directions", "20"], ["--n_directions 20", "at most 19"]),
+        (["--method", "pca", "--n_directions", "11", "--paired"], ["--n_directions 11", "at most 10"]),
+        (["--method", "cones", "--n_directions", "11"], ["--n_directions 11", "at most 10"]),
+        (
+            [
+                "--preserve_path",
+                f"{inputs}/one.jsonl",
+                "--preserve_against_path",
+                f"{inputs}/target.jsonl",
+                "--n_preserve",
+                "13",
+            ],
+            ["--n_preserve 13", "at most 12"],
+        ),
         (["--preserve_path", "nowhere.txt", "--preserve_against_path", "x"], ["nowhere.txt"]),
         (["--chat_template", "nowhere.jinja"], ["nowhere.jinja"]),
         (["--model_id", "./models/nowhere"], ["./models/nowhere", "no such folder"]),
@@ -285,6 +307,8 @@ def test_bad_input_is_one_line_with_place_and_remedy(inputs: Path, tiny_folder: 
         message = str(caught.value)
         assert "\n" not in message and all(word in message for word in expected), (change, message)
     assert not (tmp_path / "out" / "directions.safetensors").exists()
+    # Hours of extraction, for a model that is not tiny: what cannot be made of them is known before.
+    assert not (tmp_path / "out" / "residuals").exists()
 
 
 def test_a_wrong_path_answers_before_torch_is_imported(inputs: Path, run_module: Callable) -> None:
@@ -294,6 +318,29 @@ def test_a_wrong_path_answers_before_torch_is_imported(inputs: Path, run_module:
     )  # fmt: skip
     assert done.returncode == 2 and "nowhere.jsonl: no such file" in done.stderr
     assert not re.search(r"\| +torch$", done.stderr, re.MULTILINE)
+
+
+def test_prompts_that_cannot_be_are_refused_before_torch_is_imported(
+    inputs: Path, tiny_folder: Path, tmp_path: Path, run_module: Callable
+) -> None:
+    same = ["--negative_path", f"{inputs}/target.jsonl"]
+    done = run_module(
+        "extract_directions", *words(inputs, tiny_folder, tmp_path / "out", *same), PYTHONPROFILEIMPORTTIME="1"
+    )
+    assert done.returncode == 2 and "is the same text" in done.stderr
+    assert not re.search(r"\| +torch$", done.stderr, re.MULTILINE)
+
+
+def test_the_next_command_asks_the_model_in_the_same_way() -> None:
+    config = ExtractDirectionsConfig(
+        model_id="base", output_dir=Path("o"), pairs_path=Path("p"), adapter_path=Path("a b"), raw_prompts=True,
+        thinking_mode=False, dtype="bfloat16",
+    )  # fmt: skip
+    line = next_command(config, Path("d.safetensors"), {"layer": 3, "target_mean": 2000.0, "control_mean": -500.0})
+    steered = parse_config(SteerConfig, shlex.split(line)[4:])
+    for name in ("model_id", "adapter_path", "raw_prompts", "thinking_mode", "dtype"):
+        assert getattr(steered, name) == getattr(config, name), name
+    assert steered.steer == ["d.safetensors:3:2.5e+03"] and steered.coefficients == [-2500, 2500]
 
 
 @pytest.mark.slow

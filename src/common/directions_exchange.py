@@ -32,6 +32,7 @@ def import_directions(
     model_id: str,
     model_fingerprint: str,
     n_layers: int,
+    adapter_fingerprint: str | None = None,
     hook_point: HookPoint = "resid_post",
     token_position: str = "unknown",
 ) -> Directions:
@@ -57,7 +58,8 @@ def import_directions(
             raise InputError(f"{path}: not a format to import; expected {', '.join(FORMATS)}")
     directions, norms = _unit(path, vectors, n_layers)
     metadata = DirectionsMetadata(
-        model_id=model_id, model_fingerprint=model_fingerprint, hook_point=hook_point, token_position=token_position,
+        model_id=model_id, model_fingerprint=model_fingerprint, adapter_fingerprint=adapter_fingerprint,
+        hook_point=hook_point, token_position=token_position,
         method=f"imported from {path.suffix.lower()[1:]}", imported_norms=norms, details=details,
     )  # fmt: skip
     _log_norms(path, [norm for layer in norms if layer for norm in layer])
@@ -141,7 +143,8 @@ def _array(path: Path, name: object, value: Any) -> "np.ndarray":
     import numpy as np
 
     # By its methods, since torch is imported for .pt files only.
-    if hasattr(value, "is_floating_point") and value.is_floating_point():
+    is_tensor = hasattr(value, "is_floating_point")
+    if is_tensor and value.is_floating_point() and not (value.is_sparse or value.is_meta):
         value = value.detach().double().numpy()
     if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
         raise InputError(f"{path}: {name} is not an array of floats; expected vectors by layer")

@@ -27,6 +27,8 @@ CLASSES = ("target", "control")
 METADATA_KEY = "tiller"
 VERSION = 1
 UNIT_TOLERANCE = 1e-3
+STORED = {"directions": "F32", "layers_present": "I64"}
+"""The tensors of a file, and their dtypes as safetensors names them."""
 PERCENTILE_SYNTAX = re.compile(r"(?:(target|control):)?p(\d+)")
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -156,11 +158,16 @@ def read_directions(path: str | Path) -> Directions:
         with safe_open(path, framework="np") as file:
             header = file.metadata() or {}
             names = set(file.keys())
-            missing = [f"tensor {n}" for n in ("directions", "layers_present") if n not in names]
+            missing = [f"tensor {n}" for n in STORED if n not in names]
             missing += [] if METADATA_KEY in header else ["metadata"]
             if missing:
                 raise InputError(f"{path}: has no {' and no '.join(missing)}; expected a directions file")
-            vectors, present = file.get_tensor("directions"), file.get_tensor("layers_present")
+            # Before they are read: NumPy knows no bfloat16.
+            for name, dtype in STORED.items():
+                found = file.get_slice(name).get_dtype()
+                if found != dtype:
+                    raise InputError(f"{path}: {name} is stored as {found}; expected {dtype}, as a directions file has")
+            vectors, present = (file.get_tensor(name) for name in STORED)
     except SafetensorError as error:
         raise InputError(f"{path}: not a safetensors file or cut short ({error}); expected a directions file") from None
     return Directions(
@@ -185,7 +192,7 @@ def shown(layers: tuple[int, ...]) -> str:
 def _metadata(path: str | Path, text: str) -> DirectionsMetadata:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict) or value.pop("version", None) != VERSION:
         raise InputError(f"{path}: its metadata is not of version {VERSION}; extract the directions again")

@@ -7,6 +7,7 @@ from typing import Any
 from src.common.errors import InputError
 from src.common.progress import Progress
 from src.directions.settings import DirectionSettings
+from src.directions.source import Source
 from src.models.devices import FREE_MEMORY_SHARE, free_memory
 from src.models.language_model import LanguageModel
 from src.models.residual_store import LayerReader, ResidualStore
@@ -95,6 +96,27 @@ def refuse_too_many(n: int, d_model: int) -> None:
             f"{n} examples need about {needed / 2**30:.1f} GiB for one layer, and {free / 2**30:.1f} may be taken; "
             f"give --num_tasks so that there are at most about {most}"
         )
+
+
+def refuse_too_many_directions(source: Source, d_model: int) -> None:
+    """
+    Raises InputError when --n_directions or --n_preserve is more than so many rows can determine, before they are made.
+    """
+    config, contrast = source.config, source.contrast
+    n_target, n_control = (source.n_fitted(side) for side in (contrast.target, contrast.control))
+    if config.method == "cones":
+        most = n_target
+    else:
+        most = n_target if contrast.paired else n_target + n_control - 1
+    _refuse_more(f"--n_directions {config.n_directions}", config.n_directions, min(most, d_model))
+    if source.preserve:
+        most = len(source.preserve) + len(source.against) - 1
+        _refuse_more(f"--n_preserve {config.n_preserve}", config.n_preserve, min(most, d_model))
+
+
+def _refuse_more(what: str, wanted: int, most: int) -> None:
+    if wanted > most:
+        raise InputError(f"{what}: more than the examples to fit on determine; expected at most {most}")
 
 
 def _cpu() -> Any:

@@ -2,10 +2,17 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from src.directions.settings import DirectionSettings
+
+ASKED_ALIKE = (
+    "adapter_path", "revision", "dtype", "device", "quantization", "trust_remote_code", "system_prompt",
+    "chat_template", "thinking_mode", "raw_prompts",
+)  # fmt: skip
+"""Settings by which the model is the same and asked in the same way."""
 
 
 def print_outcome(rows: Sequence[Mapping[str, Any]], best: int, details: Mapping[str, Any]) -> None:
@@ -30,8 +37,22 @@ def next_command(config: DirectionSettings, path: Path, row: Mapping[str, Any]) 
     """
     step = f"{abs(row['target_mean'] - row['control_mean']):.3g}"
     words = [
-        "--prompts_json", "data/personas/prompts.json", "--num_tasks", "8", "--model_id", config.model_id, "--steer",
-        f"{path}:{row['layer']}:{step}", "--coefficients", f"-{step}", step, "--random_control", "--output_dir",
-        f"{config.output_dir}_steered",
+        "--prompts_json", "data/personas/prompts.json", "--num_tasks", "8", "--model_id", config.model_id,
+        *_changed(config), "--steer", f"{path}:{row['layer']}:{step}", "--coefficients", f"-{step}", step,
+        "--random_control", "--output_dir", f"{config.output_dir}_steered",
     ]  # fmt: skip
     return f"uv run -m src.steer {shlex.join(words)}"
+
+
+def _changed(config: DirectionSettings) -> list[str]:
+    """The flags of ASKED_ALIKE that are not at their defaults."""
+    words: list[str] = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name not in ASKED_ALIKE or value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{field.name}" if value else f"--no_{field.name}")
+        else:
+            words += [f"--{field.name}", str(value)]
+    return words

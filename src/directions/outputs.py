@@ -87,7 +87,7 @@ def import_file(config: DirectionSettings, facts: Mapping[str, Any], n_layers: i
     """The directions of --import_path. Raises InputError as `import_directions`, and for another width."""
     found = import_directions(
         config.import_path, model_id=config.model_id, model_fingerprint=facts["model_fingerprint"], n_layers=n_layers,
-        hook_point=config.hook_point,
+        adapter_fingerprint=facts["adapter_fingerprint"], hook_point=config.hook_point,
     )  # fmt: skip
     if found.d_model != d_model:
         raise InputError(

@@ -54,6 +54,8 @@ class PersonaRun:
             if missing:
                 raise InputError(f"{self.results}:{number}: no field {missing[0]!r}; expected a row of run_personas")
             self.rows.append(row)
+        if not self.rows:
+            raise InputError(f"{self.results}:1: no rows in it; expected those of a persona run")
         self._by_place = {_place(row): row for row in self.rows}
 
     @property
@@ -84,8 +86,8 @@ class PersonaRun:
         prepare = _answered if config.token_position == "mean_response" else _asked_once
         targets, controls = prepare(targets, "target"), prepare(controls, "control")
         return Contrast(
-            target=[_example("target", row) for row in targets],
-            control=[_example("control", row) for row in controls],
+            target=[self._example("target", row) for row in targets],
+            control=[self._example("control", row) for row in controls],
             paired=False,
         )
 
@@ -151,6 +153,12 @@ class PersonaRun:
         if not chosen:
             raise InputError(f"{flag} {' '.join(conditions)}: no row has all of these")
         return chosen
+
+    def _example(self, side: str, row: Row) -> Example:
+        first = self._by_place.get(_place(row | {"turn": 0}), row)
+        # The same question may be asked under two ids: it must not be fitted on and held out at once.
+        keys = (f"prompt:{row['prompt_id']}", f"text:{first['prompt']}")
+        return Example(id=f"{side}:{row['id']}", side=side, text=row["prompt"], keys=keys, row=row)
 
     def _renderer(self, tokenizer: Any) -> PersonaRenderer:
         config, template = self._config, self._config["chat_template"]
@@ -256,9 +264,3 @@ def _asked_once(rows: Sequence[Row], side: str) -> list[Row]:
         LOGGER.info("%d of %d %s rows repeat the prompt of another and are left out", len(rows) - len(kept), len(rows),
                     side)  # fmt: skip
     return kept
-
-
-def _example(side: str, row: Row) -> Example:
-    return Example(
-        id=f"{side}:{row['id']}", side=side, text=row["prompt"], keys=(f"prompt:{row['prompt_id']}",), row=row
-    )

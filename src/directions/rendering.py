@@ -7,8 +7,7 @@ from typing import Any
 from src.common.errors import InputError
 from src.directions.examples import Example
 from src.directions.settings import DirectionSettings
-from src.models.chat_format import Message, PersonaRenderer, with_chat_template
-from src.models.chat_format_tokens import GuardedTokenizer
+from src.models.single_prompts import SinglePromptRenderer
 from src.models.token_sequences import TokenSequence
 
 FILLERS = ("x", "0")
@@ -16,33 +15,29 @@ FILLERS = ("x", "0")
 
 
 class PromptRenderer:
-    """Renders single prompts as the settings say. Raises InputError as `PersonaRenderer` does."""
+    """Renders single prompts as the settings say. Raises InputError as `SinglePromptRenderer` does."""
 
     def __init__(self, config: DirectionSettings, tokenizer: Any, today: date) -> None:
         self.config = config
         self.n_cut = 0
         """Prompts that were longer than --max_prompt_tokens."""
-        self._raw = GuardedTokenizer(tokenizer, "") if config.raw_prompts else None
-        self._bos = tokenizer.bos_token_id
-        if self._raw is None:
-            # No persona, so no header has to be proven: mode `system` takes every template.
-            self._chat = PersonaRenderer(
-                with_chat_template(tokenizer, config.chat_template), "system", thinking=config.thinking_mode,
-                today=today,
-            )  # fmt: skip
-        self._fillers = [self._token_ids(filler) for filler in FILLERS]
+        self._texts = SinglePromptRenderer(
+            tokenizer, today, raw=config.raw_prompts, system_prompt=config.system_prompt,
+            chat_template=config.chat_template, thinking=config.thinking_mode,
+        )  # fmt: skip
+        self._fillers = [self._texts.rendered(filler).token_ids for filler in FILLERS]
 
     @property
     def adds_bos(self) -> bool:
         """Whether raw prompts begin with a BOS, which tokenizers of base models often leave out."""
-        return self._raw is not None and self._bos is not None
+        return self._texts.adds_bos
 
     def sequences(self, examples: Iterable[Example]) -> list[TokenSequence]:
         """One sequence an example. Raises InputError for a prompt that cannot be cut to --max_prompt_tokens."""
         return [self._sequence(example) for example in examples]
 
     def _sequence(self, example: Example) -> TokenSequence:
-        ids = self._token_ids(example.text)
+        ids = self._texts.rendered(example.text).token_ids
         span = text_span(ids, self._fillers, example.id)
         excess = len(ids) - self.config.max_prompt_tokens
         if excess > 0:
@@ -51,17 +46,6 @@ class PromptRenderer:
         return TokenSequence(
             id=example.id, token_ids=ids, prompt_length=len(ids), text_span=without_first(span, example.id)
         )
-
-    def _token_ids(self, text: str) -> tuple[int, ...]:
-        if self._raw is None:
-            return self._chat.render(self._messages(text)).token_ids
-        ids = self._raw.encode([(text, False)])
-        return ids if self._bos is None or ids[:1] == (self._bos,) else (self._bos, *ids)
-
-    def _messages(self, text: str) -> list[Message]:
-        system = self.config.system_prompt
-        own = [] if system is None else [{"role": "system", "content": system}]
-        return [*own, {"role": "user", "content": text}]
 
 
 def text_span(ids: Sequence[int], fillers: Sequence[Sequence[int]], name: str) -> tuple[int, int]:

@@ -203,6 +203,10 @@ class DirectionSettings(ModelConfigBase):
         layers = tuple(range(n_layers)) if parsed == "all" else parsed
         if layers[-1] >= n_layers:
             raise InputError(f"--layers {self.layers}: layer {layers[-1]}; the model's layers are 0 to {n_layers - 1}")
+        if layers == (0,) and "gguf" in (self.export or []):
+            raise InputError(
+                f"--export gguf: a control vector cannot hold layer 0, the only one of --layers {self.layers}"
+            )
         if self.report_layer is not None and self.report_layer not in layers:
             raise InputError(f"--report_layer {self.report_layer}: expected one of --layers {self.layers}")
         return layers

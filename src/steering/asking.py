@@ -7,13 +7,13 @@ from src.common.resolved_interventions import ResolvedSpec
 from src.common.results import Results, row_seed
 from src.models.language_model import LanguageModel
 from src.models.projections import Projection
+from src.models.single_prompts import SinglePromptRenderer
 from src.models.teacher_forcing import kl_per_token
 from src.models.thinking import ThinkingReader
 from src.models.token_sequences import TokenSequence
 from src.models.types import GenerationRequest, GenerationResult
 from src.steering.arms import Task
 from src.steering.measures import WordLists
-from src.steering.prompts import PromptRenderer
 from src.steering.references import References
 from src.steering.rows import Measured, results_row
 from src.steering.settings import SteerSettings
@@ -23,8 +23,8 @@ class Asking:
     """A loaded model with all that the tasks of a run need."""
 
     def __init__(
-        self, config: SteerSettings, model: LanguageModel, renderer: PromptRenderer, specs: dict[str, ResolvedSpec],
-        projection: Projection, lists: WordLists,
+        self, config: SteerSettings, model: LanguageModel, renderer: SinglePromptRenderer,
+        specs: dict[str, ResolvedSpec], projection: Projection, lists: WordLists,
     ) -> None:  # fmt: skip
         self.config = config
         self.model = model
@@ -103,7 +103,7 @@ class Asking:
     def _request(self, task: Task) -> GenerationRequest:
         return GenerationRequest(
             id=task.row_id,
-            token_ids=self.renderer.rendered(task.prompt).token_ids,
+            token_ids=self.renderer.rendered(task.prompt.text).token_ids,
             max_tokens=self.config.max_tokens,
             temperature=self.config.temperature,
             seed=row_seed(self.config.seed, task.row_id),
@@ -111,7 +111,7 @@ class Asking:
         )
 
     def _row(self, task: Task, result: GenerationResult, measured: Measured) -> dict[str, object]:
-        prompt = self.renderer.rendered(task.prompt)
+        prompt = self.renderer.rendered(task.prompt.text)
         asked = {
             "system_prompt": self.config.system_prompt,
             "seed": row_seed(self.config.seed, result.id),
@@ -124,7 +124,7 @@ class Asking:
         return results_row(task, result, span, measured, self.lists, asked)
 
     def _refuse_too_long(self, task: Task) -> None:
-        n_tokens = len(self.renderer.rendered(task.prompt).token_ids)
+        n_tokens = len(self.renderer.rendered(task.prompt.text).token_ids)
         limit = self.model.context_length
         if limit is not None and n_tokens >= limit:
             raise InputError(
