@@ -1,7 +1,9 @@
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, MptConfig
 
+from src.common.errors import InputError
 from src.models import architectures
 from tests.tiny_models import CONFIGS, tiny_model, tiny_multimodal
 
@@ -76,12 +78,19 @@ class Odd(nn.Module):
 
 def test_an_unknown_build_names_the_way_to_override_and_the_way_works() -> None:
     model = Odd()
-    with pytest.raises(ValueError, match=r"Odd.*tiller_layers_path.*strange_blocks \(2\)"):
+    with pytest.raises(InputError, match=r"Odd.*tiller_layers_path.*strange_blocks \(2\)"):
         architectures.decoder_layers(model)
     model.tiller_layers_path = "strange_blocks"
     assert architectures.decoder_layers(model) is model.strange_blocks
     model.tiller_layers_path = "nowhere"
-    with pytest.raises(ValueError, match="'nowhere' is not a list of modules"):
+    with pytest.raises(InputError, match="'nowhere' is not a list of modules"):
         architectures.decoder_layers(model)
-    with pytest.raises(ValueError, match="no attention in Linear"):
+    with pytest.raises(InputError, match="no attention in Linear"):
         architectures.attention_writer(model.strange_blocks[0])
+
+
+def test_the_blocks_of_an_mpt_are_found() -> None:
+    model = AutoModelForCausalLM.from_config(MptConfig(vocab_size=300, d_model=32, n_heads=4, n_layers=2))
+    layers = architectures.decoder_layers(model)
+    assert layers is model.transformer.blocks
+    assert architectures.mlp(layers[0]) is layers[0].ffn

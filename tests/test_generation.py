@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, FalconMambaConfig, Mamba2Config, MambaConfig, PreTrainedConfig
 
 from src.common.errors import InputError
 from src.models.generation import decode_batch, left_padded, needs_equal_lengths
@@ -49,7 +50,8 @@ def decode(model: nn.Module, requests: list[GenerationRequest], eos: frozenset[i
 @pytest.mark.parametrize("name", NAMES)
 def test_a_row_does_not_depend_on_its_batch_mates(name: str, temperature: float) -> None:
     model = build(name)
-    requests = some_requests(temperature=temperature)
+    # Rows that leave the batch one after the other.
+    requests = [replace(r, max_tokens=10 - int(r.id)) for r in some_requests(temperature=temperature)]
     if needs_equal_lengths(model):
         requests = [replace(r, token_ids=requests[0].token_ids) for r in requests]
     together = decode(model, requests)
@@ -193,3 +195,19 @@ def test_rotary_embeddings_of_the_longest_row_need_rows_of_one_length(rope_type:
 def test_recurrent_models_are_told_from_attention_only_ones() -> None:
     recurrent = {name for name in NAMES if needs_equal_lengths(build(name))}
     assert recurrent == {"qwen3_next"}
+
+
+STATES = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "bos_token_id": 1,
+          "eos_token_id": 2, "pad_token_id": 2}  # fmt: skip
+STATE_SPACE = [
+    MambaConfig(**STATES), FalconMambaConfig(**STATES), Mamba2Config(**STATES, num_heads=8, head_dim=8, n_groups=1)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", STATE_SPACE, ids=lambda config: config.model_type)
+def test_models_that_would_ignore_our_cache_are_refused(config: PreTrainedConfig) -> None:
+    """They would run each token without those before it."""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    request = GenerationRequest(id="0", token_ids=(5, 6, 7), max_tokens=3)
+    with pytest.raises(InputError, match=f"{config.model_type} models take no past_key_values"):
+        decode(model, [request])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Gemma3nTextConfig
 
 from src.common.directions_file import HOOK_POINTS
 from src.common.errors import InputError
@@ -135,4 +136,18 @@ def test_a_place_that_the_model_lacks_is_refused(place: tuple[int, str]) -> None
     model = tiny_model("llama")
     with pytest.raises(InputError, match=r"0 to 1|one of resid_pre"), reading(model, {place: print}):
         pass
+    assert n_hooks(model) == 0
+
+
+@pytest.mark.parametrize("point", HOOK_POINTS)
+def test_several_residual_streams_are_refused(point: str) -> None:
+    config = Gemma3nTextConfig(
+        vocab_size=300, vocab_size_per_layer_input=300, hidden_size=32, hidden_size_per_layer_input=8,
+        intermediate_size=[64, 64], num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        num_kv_shared_layers=0, laurel_rank=4, activation_sparsity_pattern=[0.0, 0.0],
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with pytest.raises(InputError, match="several residual streams"), reading(model, {(0, point): print}):
+        model(input_ids=torch.tensor([[5, 6, 7]]))
     assert n_hooks(model) == 0

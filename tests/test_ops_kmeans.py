@@ -3,7 +3,7 @@ import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from src.ops.kmeans import cluster_means
+from src.ops.kmeans import _lloyd, cluster_means
 
 
 def blobs(sizes: tuple[int, ...], spread: float = 0.1, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -61,3 +61,13 @@ def test_rows_that_repeat_leave_no_cluster_empty() -> None:
 def test_the_number_of_clusters_is_checked(k: int) -> None:
     with pytest.raises(ValueError, match=f"{k} clusters of 7 rows"):
         cluster_means(torch.zeros(7, 2, 6), k, seed=0)
+
+
+def test_a_cluster_that_loses_its_rows_takes_none_that_is_alone() -> None:
+    """From this start 0 and 10 go over to their neighbours at once, and 900 leaves 1000 alone, the farthest of all."""
+    rows = torch.tensor([0, 10, -8, *[-4.1] * 4, 21, 10.6, 10.6, 1000, 900, 790, 894, 894, 705, *[747] * 9])
+    rows = rows.double()[:, None]
+    inertia, members = _lloyd(rows, torch.tensor([0.0, -8, 21, 1000, 790, 705]).double()[:, None])
+    assert (members.bincount(minlength=6) > 0).all()
+    # With 1000 taken away its old cluster has no mean, and what comes after ends at 11 833.
+    assert inertia < 8_000

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from src.common.errors import InputError
+
 LAYER_PATHS = (
     "model.layers",  # Llama, Mistral, Qwen, Gemma, Phi-3, OLMo, Cohere, GLM, DeepSeek, gpt-oss, Mixtral
     "model.language_model.layers",  # Gemma 3, Qwen-VL, LLaVA and other multimodal models since transformers 5
@@ -13,6 +15,7 @@ LAYER_PATHS = (
     "language_model.layers",
     "layers",  # a bare decoder without a head
     "transformer.h",  # GPT-2, GPT-J, Falcon, BLOOM
+    "transformer.blocks",  # MPT, DBRX
     "h",
     "gpt_neox.layers",
     "model.decoder.layers",  # OPT
@@ -48,7 +51,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """
     The decoder blocks of `model` in order, the text tower's for a multimodal model.
 
-    A model of another build is taught by setting `model.tiller_layers_path = "dotted.path"`. Raises ValueError, naming
+    A model of another build is taught by setting `model.tiller_layers_path = "dotted.path"`. Raises InputError, naming
     that way out and the lists of modules that were found, when none of the known paths holds.
     """
     override = getattr(model, OVERRIDE, None)
@@ -58,14 +61,14 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
             return layers
     found = [f"{name} ({len(m)})" for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     tried = f"{OVERRIDE} = {override!r} is not a list of modules" if override else "none of the known paths exists"
-    raise ValueError(
+    raise InputError(
         f"cannot find the decoder layers of {type(model).__name__}: {tried}. "
         f"Set model.{OVERRIDE} to one of its lists of modules: {', '.join(found) or 'it has none'}"
     )
 
 
 def final_norm(model: nn.Module) -> nn.Module:
-    """The norm between the last decoder layer and the unembedding. Raises ValueError when there is none."""
+    """The norm between the last decoder layer and the unembedding. Raises InputError when there is none."""
     layers = decoder_layers(model)
     for parent in model.modules():
         if any(child is layers for child in parent.children()):
@@ -98,7 +101,7 @@ def attention_writer(layer: nn.Module) -> Writer:
 def mlp_writers(layer: nn.Module) -> list[Writer]:
     """
     Every feed-forward weight that writes to the residual stream: the dense projection, or each expert's, fused experts'
-    and the shared expert's. Raises ValueError when there is none.
+    and the shared expert's. Raises InputError when there is none.
     """
     writers = []
     for module in mlp(layer).modules():
@@ -109,7 +112,7 @@ def mlp_writers(layer: nn.Module) -> list[Writer]:
         fused = [p for p, _ in module.named_parameters(recurse=False) if p in MLP_OUTPUT_NAMES]
         writers += [Writer(path=_path(layer, module), component="mlp", module=module, parameter=p) for p in fused]
     if not writers:
-        raise ValueError(f"no {' or '.join(MLP_OUTPUT_NAMES)} in {type(mlp(layer)).__name__}: {_children(mlp(layer))}")
+        raise InputError(f"no {' or '.join(MLP_OUTPUT_NAMES)} in {type(mlp(layer)).__name__}: {_children(mlp(layer))}")
     return writers
 
 
@@ -126,7 +129,7 @@ def _name_of_first(module: nn.Module, names: tuple[str, ...], what: str) -> str:
     for name in names:
         if name in children:
             return name
-    raise ValueError(f"no {what} in {type(module).__name__}: looked for {', '.join(names)}; it has {_children(module)}")
+    raise InputError(f"no {what} in {type(module).__name__}: looked for {', '.join(names)}; it has {_children(module)}")
 
 
 def _first(module: nn.Module, names: tuple[str, ...], what: str) -> nn.Module:

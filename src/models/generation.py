@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from src.common.errors import InputError
-from src.models.kv_cache import growing_cache
+from src.models.kv_cache import growing_cache, keep_rows
 from src.models.steering import steered
 from src.models.types import GenerationRequest
 from src.ops.metrics import token_uncertainty
@@ -72,6 +72,9 @@ class Batch:
         self.temperatures = torch.tensor([r.temperature for r in requests], dtype=torch.float32, device=device)
         self.cache = growing_cache(model.config)
         accepted = inspect.signature(model.forward).parameters
+        # Mamba's `cache_params`: such a model takes the argument below, ignores it, and forgets what it has read.
+        if "past_key_values" not in accepted:
+            raise InputError(f"{model.config.model_type} models take no past_key_values: they cannot generate here")
         # Logits at every prompt position would take prompt length × vocabulary; only the last position's are read.
         self.extra = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self.takes_positions = "position_ids" in accepted
@@ -132,7 +135,7 @@ class Batch:
             index = torch.tensor(kept, device=tokens.device)
             self.next_ids, self.positions, self.mask = self.next_ids[index], self.positions[index], self.mask[index]
             self.temperatures = self.temperatures[index]
-            self.cache.batch_select_indices(index)
+            keep_rows(self.cache, index)
 
 
 def _draw_dtype(logits: Tensor) -> torch.dtype:
@@ -164,7 +167,7 @@ def decode_batch(
     Decode `requests` together, each under its own interventions; `on_row(row, finish_reason)` as each ends,
     `on_tokens(n)` after every step. Without interventions no hook is set.
 
-    Raises InputError when the logits hold NaN, and what `steered` raises.
+    Raises InputError when the logits hold NaN, for a model that takes no past_key_values, and what `steered` raises.
     """
     specs, lengths = [r.spec for r in requests], [len(r.token_ids) for r in requests]
     batch = Batch(model, requests, pad_id, k)

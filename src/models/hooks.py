@@ -114,7 +114,7 @@ def _attach(
     shape: list[torch.Size] = []
 
     def note_shape(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        shape[:] = [_hidden_input(args, kwargs).shape]
+        shape[:] = [_checked(_hidden_input(args, kwargs)).shape]
 
     module = _module(layer, place.hook_point)
     return [
@@ -150,5 +150,9 @@ def _output_hook(change: Change, shape: Callable[[], torch.Size | None]) -> Call
 
 
 def _checked(hidden: Tensor) -> Tensor:
-    assert hidden.dim() == 3, f"hidden states must be (rows, positions, d_model), got {tuple(hidden.shape)}"
+    if hidden.dim() != 3:
+        raise InputError(
+            f"hidden states of shape {tuple(hidden.shape)}; expected (rows, positions, d_model): models with several "
+            "residual streams (Gemma 3n) can be neither read nor steered"
+        )
     return hidden

@@ -1,9 +1,9 @@
-"""A cache of keys and values that grows in place instead of being copied whole for every token."""
+"""A cache of keys and values that grows in place instead of being copied whole for every token, and loses rows."""
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 GROWTH = 128
 """Positions of room to add at a time: a copy every so many tokens instead of every token."""
@@ -58,3 +58,15 @@ def growing_cache(config: PreTrainedConfig) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def keep_rows(cache: DynamicCache, indices: Tensor) -> None:
+    """
+    Keep the rows `indices`, int64 (kept,), of keys, values and recurrent states: those of linear attention, state
+    spaces and convolutions, which `cache.batch_select_indices` of transformers cannot select.
+    """
+    for layer in cache.layers:
+        if isinstance(layer, LinearAttentionLayer):
+            LinearAttentionLayer.reorder_cache(layer, indices)
+        if isinstance(layer, DynamicLayer):
+            layer.batch_select_indices(indices)

@@ -24,8 +24,8 @@ from src.models.types import GenerationRequest, GenerationResult
 LOGGER = logging.getLogger(__name__)
 
 
-STATE_IN_MODULES = ("recurrent_gemma", "rwkv")
-"""Model types whose rows cannot leave a batch, since what they remember is not in the cache."""
+STATE_IN_MODULES = ("recurrent_gemma", "rwkv", "xlstm", "minimax")
+"""Model types whose rows cannot leave a batch: what they remember is not in transformers' common cache."""
 
 
 class LanguageModel:

@@ -29,19 +29,22 @@ def cluster_means(rows: Tensor, k: int, seed: int) -> Tensor:
 
 
 def _means_by_size(rows: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    _, members = min((_lloyd(rows, k, generator) for _ in range(N_STARTS)), key=lambda found: found[0])
+    starts = (_start(rows, k, generator) for _ in range(N_STARTS))
+    _, members = min((_lloyd(rows, start) for start in starts), key=lambda found: found[0])
     order = members.bincount(minlength=k).argsort(descending=True, stable=True)
     return _means(rows, members, k)[order]
 
 
-def _lloyd(rows: Tensor, k: int, generator: torch.Generator) -> tuple[float, Tensor]:
-    """Inertia and the cluster (n,) of each row, from one start; no cluster is empty."""
-    means = _start(rows, k, generator)
+def _lloyd(rows: Tensor, means: Tensor) -> tuple[float, Tensor]:
+    """Inertia and the cluster (n,) of each row, from k distinct rows as `means`; no cluster is empty."""
+    k = len(means)
     best_inertia, best = float("inf"), torch.zeros(len(rows), dtype=torch.long, device=rows.device)
     while True:
         nearest, members = _squared_distances(rows, means).min(dim=1)
         for cluster in (members.bincount(minlength=k) == 0).nonzero().flatten():
-            farthest = nearest.argmax()
+            # Not one that is alone in its cluster, which would be empty then.
+            is_alone = members.bincount(minlength=k)[members] == 1
+            farthest = nearest.masked_fill(is_alone, -1.0).argmax()
             members[farthest] = cluster
             nearest[farthest] = 0.0
         inertia = float(nearest.sum())
