@@ -1,7 +1,5 @@
 """Probes are scikit-learn's logistic regressions, whatever the scale, the rank and the number of rows."""
 
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -147,26 +145,20 @@ def test_held_out_figures_are_scikit_learns(width: int) -> None:
             assert abs(float(found.log_loss[layer, i]) - np.mean(losses)) < 0.01 * np.mean(losses)
 
 
-def test_five_folds_and_five_penalties_take_less_time_than_scikit_learn_and_agree() -> None:
-    """A small case of scripts/benchmarks/probes.py, in seconds of this thread."""
+def test_five_folds_and_five_penalties_agree_with_scikit_learn() -> None:
+    """A small case of scripts/benchmarks/probes.py, which also measures the time."""
     target, control = normal(200, 4, 1024), normal(200, 4, 1024, seed=1) + 0.08 * normal(4, 1024, seed=2)
     rows, labels = torch.cat(scaled(target, control)).float().numpy(), np.repeat([1, 0], 200)
     folds = stratified_folds(200, 200, 5, seed=0).numpy()
-    cross_validate(target[:20], control[:20])
-    started = time.thread_time()
     found = cross_validate(target, control).auc
-    ours = time.thread_time() - started
     areas = np.zeros((4, 5))
-    started = time.thread_time()
     for layer in range(4):
         for fold in range(5):
             held = folds == fold
             for i, c in enumerate(C_VALUES):
                 probe = LogisticRegression(C=c, max_iter=10_000).fit(rows[~held, layer], labels[~held])
                 areas[layer, i] += roc_auc_score(labels[held], probe.decision_function(rows[held, layer])) / 5
-    theirs = time.thread_time() - started
     assert np.abs(found.numpy() - areas).max() < 0.01
-    assert ours < theirs, f"ours {ours:.2f} s, scikit-learn {theirs:.2f} s"
 
 
 def test_the_best_c_is_the_best_by_the_criterion_and_of_equals_the_smallest() -> None:
