@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from hypothesis import given
@@ -17,7 +18,7 @@ from src.common.cli import parse_config
 from src.common.errors import InputError
 from src.common.experiment_config import ExperimentConfigBase
 from src.common.model_config import ModelConfigBase
-from src.common.settings import row_fields, setting, to_json
+from src.common.settings import require_at_least_one, row_fields, setting, to_json
 from tests.conftest import ROOT, heeds_ctrl_c
 
 
@@ -53,6 +54,14 @@ class Words:
     """Folders."""
     deep: bool = False
     """Deeply."""
+
+
+@dataclass(kw_only=True)
+class WithKey:
+    """Secrets"""
+
+    api_key: str | None = None
+    """What opens."""
 
 
 def parse(*argv: str) -> Config:
@@ -109,6 +118,44 @@ def test_none_stands_for_no_value_where_the_default_is_none(monkeypatch: pytest.
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
 def test_any_text_survives_an_equals_sign(text: str) -> None:
     assert parse(f"--names={text}").names == [text]
+
+
+class OneOf:
+    SUB_COMMANDS: ClassVar[dict[str, type]] = {"run": Config, "view": Words}
+
+
+def test_the_first_word_chooses_a_sub_command_with_settings_of_its_own(capsys: pytest.CaptureFixture) -> None:
+    assert parse_config(OneOf, ["run", "--prompts_json", "p", "--count", "4"]) == Config(
+        prompts_json=Path("p"), count=4
+    )
+    assert parse_config(OneOf, ["view", "a", "b"]).runs == [Path("a"), Path("b")]
+    for words in (["--help"], ["run", "--help"]):
+        with pytest.raises(SystemExit) as left:
+            parse_config(OneOf, words)
+        shown = capsys.readouterr().out
+        assert left.value.code == 0 and ("Words without a flag" in shown) == (len(words) == 1), shown
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "expected run or view"),
+        (["--count", "3"], "before --count"),
+        (["veiw", "a"], "'veiw'.*nearest is 'view'"),
+        (["view", "--count", "3"], "unknown flag --count"),
+    ],
+)
+def test_a_missing_or_unknown_sub_command_is_named(words: list[str], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        parse_config(OneOf, words)
+
+
+def test_a_key_is_not_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("TILLER_API_KEY", "planted-0123456789")
+    with pytest.raises(SystemExit):
+        parse_config(WithKey, ["--show_config"])
+    shown = capsys.readouterr().out
+    assert "api_key = <withheld>" in shown and "planted" not in shown
 
 
 def test_words_without_a_flag() -> None:
@@ -259,6 +306,13 @@ def test_every_base_config_survives_json() -> None:
     assert to_json(model)["adapter_path"] == "a"
 
 
+def test_a_number_below_one_is_refused_and_one_that_was_not_given_is_not() -> None:
+    require_at_least_one(Config(prompts_json=Path("p"), count=1, limit=None), ("count", "limit"))
+    for values, told in (({"count": 0}, "--count 0"), ({"limit": -1}, "--limit -1")):
+        with pytest.raises(InputError, match=f"^{told}: expected at least 1$"):
+            require_at_least_one(Config(prompts_json=Path("p"), **values), ("count", "limit"))
+
+
 def test_row_fields_are_those_not_declared_otherwise() -> None:
     assert "names" not in row_fields(parse())
     assert row_fields(parse())["count"] == 3
@@ -328,6 +382,35 @@ def run(command: list[str], *words: str) -> subprocess.CompletedProcess[str]:
 def test_exit_codes(command: list[str], words: list[str], code: int, said: str) -> None:
     result = run(command, *words)
     assert (result.returncode, result.stderr) == (code, said)
+
+
+AT_ONCE = COMMAND.replace(
+    "def main(config):",
+    """import atexit, os
+from src.common.cli import end_at_once
+class Late:
+    def __del__(self):
+        os.write(1, b"cleared away;")
+late = Late()
+late.itself = late  # lives until Python clears everything away
+atexit.register(print, "exit function", end=";")
+
+def main(config):
+    if config.what.startswith("at once"):
+        end_at_once()
+        config.what = config.what.removeprefix("at once ")""",
+)
+
+
+@pytest.mark.parametrize(("what", "code"), [("bad", 2), ("check", 1), ("nothing", 0)])
+def test_a_process_that_ends_at_once_runs_its_exit_functions_alone(tmp_path: Path, what: str, code: int) -> None:
+    path = tmp_path / "command.py"
+    path.write_text(AT_ONCE)
+    plain, at_once = (run([sys.executable, str(path)], "--what", words) for words in (what, f"at once {what}"))
+    done = "done\n" if code == 0 else ""
+    assert (plain.returncode, plain.stdout) == (code, f"{done}exit function;cleared away;")
+    assert (at_once.returncode, at_once.stdout) == (code, f"{done}exit function;")
+    assert at_once.stderr == plain.stderr
 
 
 def test_any_other_exception_keeps_its_traceback(command: list[str]) -> None:

@@ -1,6 +1,7 @@
 """The shared configs: safetytooling's names and defaults, validation, logs and seeds."""
 
 import importlib.util
+import json
 import logging
 import random
 import re
@@ -11,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from src.common.api_config import ApiConfigBase
+from src.common.cli import parse_config
 from src.common.errors import InputError
 from src.common.experiment_config import ExperimentConfigBase, RunConfigBase, WorkerConfigBase
 from src.common.model_config import ModelConfigBase
@@ -107,25 +110,55 @@ def test_a_command_can_inherit_all_bases() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("safetytooling") is not None, reason="safetytooling is installed")
-def test_without_safetytooling_the_api_tells_the_remedy(tmp_path: Path) -> None:
-    config = ExperimentConfigBase(output_dir=tmp_path)
+def test_without_safetytooling_its_backend_tells_the_remedy(tmp_path: Path) -> None:
+    config = ApiConfigBase(output_dir=tmp_path, model_id="openai:m", api_backend="safetytooling")
     for use in (lambda: config.api, config.log_api_cost):
         with pytest.raises(InputError, match="--extra safetytooling"):
             use()
     config.reset_api()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("safetytooling") is None, reason="safetytooling is not installed")
-def test_the_api_is_made_once_and_again_after_a_reset(tmp_path: Path) -> None:
-    config = ExperimentConfigBase(output_dir=tmp_path)
+def backends() -> list:
+    missing = importlib.util.find_spec("safetytooling") is None
+    skip = pytest.mark.skipif(missing, reason="safetytooling is not installed")
+    return ["inspect", pytest.param("safetytooling", marks=skip)]
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_the_api_is_made_once_and_again_after_a_reset(tmp_path: Path, backend: str) -> None:
+    config = ApiConfigBase(output_dir=tmp_path, model_id="openai:m", api_backend=backend)
     first = config.api
     assert config.api is first
     config.reset_api()
     assert config.api is not first
     config.log_api_cost({"step": "none"})
-    assert (tmp_path / "api-costs.jsonl").read_text() == '{"cost": 0, "step": "none"}\n'
+    row = json.loads((tmp_path / "api-costs.jsonl").read_text())
+    assert (row["cost"], row["step"]) == (0, "none")
+
+
+def test_a_setting_that_the_backend_does_not_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--use_redis: only --api_backend safetytooling has it"):
+        _ = ExperimentConfigBase(output_dir=tmp_path, use_redis=True).api
+    config = ApiConfigBase(output_dir=tmp_path, model_id="m", api_backend="safetytooling", requests_per_minute=5)
+    with pytest.raises(InputError, match="--requests_per_minute: only --api_backend inspect has it"):
+        _ = config.api
 
 
 def test_a_run_needs_a_folder() -> None:
     with pytest.raises(TypeError, match="output_dir"):
         RunConfigBase()
+
+
+def test_workers_are_taken_from_the_array_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--output_dir", str(tmp_path), "--num_workers", "auto", "--worker_index", "auto"]
+    for name in ("COUNT", "MIN", "MAX", "ID"):
+        monkeypatch.delenv(f"SLURM_ARRAY_TASK_{name}", raising=False)
+    with pytest.raises(InputError, match="for a job of a SLURM array"):
+        parse_config(WorkerConfigBase, words)
+    for name, value in (("COUNT", "4"), ("MIN", "0"), ("MAX", "3"), ("ID", "2")):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    config = parse_config(WorkerConfigBase, words)
+    assert (config.num_workers, config.worker_index) == (4, 2) and list(config.own_tasks(range(8))) == [2, 6]
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "7")
+    with pytest.raises(InputError, match="4 tasks from 0 to 7"):
+        parse_config(WorkerConfigBase, words)

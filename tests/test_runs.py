@@ -84,6 +84,15 @@ def test_a_run_from_start_to_done(config: Config, capsys: pytest.CaptureFixture[
     assert f"uv run -m src.view {config.output_dir}" in out
 
 
+def test_one_of_several_processes_of_a_launcher_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="WORLD_SIZE is 2: a launcher such as torchrun"):
+        start(config)
+    assert not config.output_dir.exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    start(config).close()
+
+
 def test_seeds_and_log(config: Config) -> None:
     drawn = []
     for seed in (1, 2, 1):
@@ -316,3 +325,15 @@ def test_a_kill_at_any_moment_of_the_start_can_be_resumed(tmp_path: Path) -> Non
         process.send_signal(signal.SIGKILL)
         process.wait()
         start_run(config, "hold").close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the fault and its remedy are Linux's")
+def test_the_peak_of_memory_is_this_process_own() -> None:
+    """A process begins with its parent's peak where the system's usual count is asked."""
+    held = bytearray(os.urandom(1)) * (600 << 20)
+    told = "from src.common.provenance import peak_memory_mib; print(peak_memory_mib()['process'])"
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert 5 < float(done.stdout) < 300 and len(held) == 600 << 20
+    grown = "held = bytearray(b'x') * (600 << 20); " + told
+    done = subprocess.run([sys.executable, "-c", grown], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert 600 < float(done.stdout) < 900

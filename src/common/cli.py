@@ -3,6 +3,7 @@ From argv to a config, and from a command's `main` to an exit code.
 Order: command line > environment (TILLER_<FIELD>) > --config_path file.toml > default.
 """
 
+import atexit
 import math
 import os
 import signal
@@ -13,16 +14,17 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from src.common.cache_dirs import use_cache_root
-from src.common.cli_help import format_help, format_sources
+from src.common.cli_help import format_help, format_sources, format_sub_commands
 from src.common.errors import CheckFailed, InputError, StopRequested
 from src.common.settings import Setting, settings_of
-from src.common.sources import Given, convert, read_command_line, read_environment, read_toml
+from src.common.sources import Given, convert, nearest, read_command_line, read_environment, read_toml
 
 Config = TypeVar("Config")
 
 DONE, CHECK_FAILED, BAD_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SECONDS_OF_REPEATS = 10.0
+_ends_at_once = False
 
 # Flags of every command that are no part of its config.
 CONFIG_PATH = Setting(name="config_path", item_type=Path)
@@ -31,11 +33,12 @@ SHOW_CONFIG = Setting(name="show_config", item_type=bool)
 
 def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) -> Config:
     """
-    Builds the config from all four sources. `--help` and `--show_config` print and exit 0.
+    Builds the config from all four sources. `--help` and `--show_config` print and exit 0. Where config_class has
+    SUB_COMMANDS (word -> config class), the first word says which of them is built.
     Raises InputError (one line, naming flag, value and what is expected) for anything wrong in any of them.
     """
+    config_class, words = _chosen(config_class, sys.argv[1:] if argv is None else argv)
     settings = settings_of(config_class)
-    words = sys.argv[1:] if argv is None else argv
     if "--help" in words or "-h" in words:
         print(format_help(config_class))
         sys.exit(DONE)
@@ -49,6 +52,22 @@ def parse_config(config_class: type[Config], argv: Sequence[str] | None = None) 
         print(format_sources(config, given))
         sys.exit(DONE)
     return config
+
+
+def _chosen(config_class: type[Config], words: Sequence[str]) -> tuple[type[Config], Sequence[str]]:
+    """The config class that the first word names among the sub-commands, if there are any, and the words after it."""
+    known = getattr(config_class, "SUB_COMMANDS", None)
+    if known is None:
+        return config_class, words
+    if words and words[0] in known:
+        return known[words[0]], words[1:]
+    if "--help" in words or "-h" in words:
+        print(format_sub_commands(config_class, known))
+        sys.exit(DONE)
+    if not words or words[0].startswith("-"):
+        before = f" before {words[0]}" if words else ""
+        raise InputError(f"nothing says what to do; expected {' or '.join(known)}{before}")
+    raise InputError(f"{words[0]!r}: expected {' or '.join(known)}; the nearest is {nearest(words[0], known)!r}")
 
 
 def _take(flags: dict[str, Given], setting: Setting) -> Any:
@@ -84,7 +103,25 @@ def run_command(
         _leave(STOPPED, f"stopped by {stop}; the same command goes on from here")
     except KeyboardInterrupt:
         _leave(INTERRUPTED, "stopped by Ctrl-C; the same command goes on from here")
-    sys.exit(DONE)
+    _exit(DONE)
+
+
+def end_at_once() -> None:
+    """
+    From now on `run_command` ends the process behind its exit functions: Python's own clearing away of everything is
+    left out, for threads of C++ (gloo's among them) that let go of a Python object meanwhile abort the process.
+    """
+    global _ends_at_once
+    _ends_at_once = True
+
+
+def _exit(code: int) -> NoReturn:
+    if _ends_at_once:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _stop_handler() -> Callable[[int, Any], None]:
@@ -109,4 +146,4 @@ def _leave(code: int, message: str) -> NoReturn:
     for number in (*STOP_SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     print(message, file=sys.stderr)
-    sys.exit(code)
+    _exit(code)

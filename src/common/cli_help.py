@@ -11,6 +11,7 @@ from typing import Any
 
 from simple_parsing.docstring import get_attribute_docstring
 
+from src.common.provenance import without_secrets
 from src.common.settings import Setting, settings_of, to_json
 from src.common.sources import PREFIX, Given
 
@@ -31,13 +32,22 @@ def format_help(config_class: type) -> str:
     required = [setting for setting in settings.values() if setting.required]
     module = sys.modules[config_class.__module__]
     blocks = [(inspect.getdoc(module) or "").strip()]
-    blocks.append("\n".join(["Required:", *(_help_lines(config_class, setting) for setting in required)]))
+    if required:
+        blocks.append("\n".join(["Required:", *(_help_lines(config_class, setting) for setting in required)]))
     for owner in config_class.__mro__:
         own = [settings[name] for name in inspect.get_annotations(owner) if name in settings]
         lines = [_help_lines(config_class, setting) for setting in own if not setting.required]
         if lines:
             blocks.append("\n".join([f"{_heading(owner)}:", *lines]))
     return "\n\n".join(block for block in [*blocks, CLOSING] if block)
+
+
+def format_sub_commands(config_class: type, known: Mapping[str, type]) -> str:
+    """The text of `--help` before a sub-command is chosen."""
+    module = sys.modules[config_class.__module__]
+    lines = [f"  {name.ljust(INDENT - 2)}{_heading(known[name])}" for name in known]
+    closing = f"{' and '.join(f'{name} --help' for name in known)} list the settings of each."
+    return "\n\n".join([(inspect.getdoc(module) or "").strip(), "\n".join(lines), closing])
 
 
 def _heading(owner: type) -> str:
@@ -77,7 +87,7 @@ def _shown(value: Any) -> str:
 
 def format_sources(config: Any, given: Mapping[str, Given]) -> str:
     """One line a setting: its value and where it came from (command line, environment, file or default)."""
-    values = to_json(config)
+    values = without_secrets(to_json(config))
     names = [setting.name for setting in settings_of(type(config))]
     width = max(map(len, names))
     lines = []

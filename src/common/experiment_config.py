@@ -4,7 +4,6 @@ that several processes can share, ExperimentConfigBase for those that call APIs 
 safetytooling class of that name, so that a script written for either works with both).
 """
 
-import importlib.util
 import json
 import logging
 import os
@@ -13,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from src.common.errors import InputError
 from src.common.logs import start_logging
@@ -21,6 +20,8 @@ from src.common.settings import AFFECTS_ROWS, setting
 
 if TYPE_CHECKING:
     from safetytooling.apis import InferenceAPI
+
+    from src.common.api_client import ApiClient
 
 LOGGER = logging.getLogger(__name__)
 Task = TypeVar("Task")
@@ -72,15 +73,40 @@ class RunConfigBase:
         LOGGER.info("Experiment configuration: %s", self)
 
 
+def array_size() -> int:
+    """Tasks of the SLURM array that this process is of, which run from 0. Raises InputError where they do not."""
+    count, first, last = (_array_fact(name) for name in ("COUNT", "MIN", "MAX"))
+    if (first, last) != (0, count - 1):
+        raise InputError(
+            f"--num_workers auto: the array has {count} tasks from {first} to {last}; expected 0 to its size − 1, or "
+            f"give --num_workers and --worker_index yourself"
+        )
+    return count
+
+
+def array_index() -> int:
+    """Which task of its SLURM array this process is. Raises InputError outside of one."""
+    return _array_fact("ID")
+
+
+def _array_fact(name: str) -> int:
+    value = os.environ.get(f"SLURM_ARRAY_TASK_{name}", "")
+    if not value.isdecimal():
+        raise InputError(
+            "--num_workers auto and --worker_index auto are for a job of a SLURM array (sbatch --array=0-7)"
+        )
+    return int(value)
+
+
 @dataclass(kw_only=True)
 class WorkerConfigBase(RunConfigBase):
     """Several workers"""
 
-    num_workers: int = setting(1, affects_rows=False)
-    """How many processes share the tasks. With more than one each writes <output_dir>/shards/worker-<i>-of-<n>, and
-    src.merge_shards makes one run folder of them."""
-    worker_index: int = setting(0, affects_rows=False)
-    """Which of them this is, from 0."""
+    num_workers: int = setting(1, affects_rows=False, auto=array_size)
+    """How many processes share the tasks; `auto`: as many as the SLURM array has. With more than one each writes
+    <output_dir>/shards/worker-<i>-of-<n>, and src.merge_shards makes one run folder of them."""
+    worker_index: int = setting(0, affects_rows=False, auto=array_index)
+    """Which of them this is, from 0; `auto`: the array task's number."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,6 +120,20 @@ class WorkerConfigBase(RunConfigBase):
     def own_tasks(self, tasks: Sequence[Task]) -> Sequence[Task]:
         """This worker's tasks: index, index + n, index + 2n, … of all of them, so that merging is interleaving."""
         return tasks[self.worker_index :: self.num_workers]
+
+
+class ApiOptions(NamedTuple):
+    """What is said of API calls beyond safetytooling's fields; `src.common.api_config` makes flags of it."""
+
+    backend: str = "inspect"
+    max_attempts: int = 6
+    request_timeout: float | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    prices_path: Path | None = None
+
+
+API_OPTIONS = ApiOptions()
 
 
 @dataclass(kw_only=True)
@@ -150,13 +190,20 @@ class ExperimentConfigBase(RunConfigBase):
     """Print every prompt and answer."""
 
     @property
-    def api(self) -> "InferenceAPI":
+    def api_options(self) -> ApiOptions:
+        """The options of `.api` that are no fields of safetytooling's."""
+        return API_OPTIONS
+
+    @property
+    def api(self) -> "ApiClient | InferenceAPI":
         """
-        safetytooling's InferenceAPI with these settings, made at the first use and kept until `reset_api()`.
-        Raises InputError where that package is not installed.
+        What `src.common.safetytooling_wrappers` asks through, made at the first use and kept until `reset_api()`.
+        Raises InputError for a setting that the backend does not have, and where safetytooling is not installed.
         """
         if not hasattr(self, "_api"):
-            self._api = self._make_api()
+            from src.common.api_backends import make_api
+
+            self._api = make_api(self)
         return self._api
 
     def reset_api(self) -> None:
@@ -165,51 +212,18 @@ class ExperimentConfigBase(RunConfigBase):
             del self._api
 
     def log_api_cost(self, metadata: Mapping[str, str] | None = None) -> None:
-        """Appends {"cost": US dollars since the last call} and the metadata to <output_dir>/api-costs.jsonl."""
-        cost = self.api.running_cost
-        row = {"cost": cost - getattr(self, "_last_api_cost", 0.0)} | dict(metadata or {})
+        """
+        Appends {"cost": US dollars since the last call, or null where a price is unknown, and the counts of requests
+        and tokens} and the metadata to <output_dir>/api-costs.jsonl.
+        """
+        from src.common.api_backends import cost_since
+
+        row, self._last_api_cost = cost_since(self.api, getattr(self, "_last_api_cost", None))
         with (self.output_dir / "api-costs.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        self._last_api_cost = cost
+            file.write(json.dumps(row | dict(metadata or {})) + "\n")
 
-    def _make_api(self) -> "InferenceAPI":
-        if importlib.util.find_spec("safetytooling") is None:
-            raise InputError("API calls through .api need the package safetytooling: uv sync --extra safetytooling")
-        from dotenv import load_dotenv
-        from safetytooling.apis import InferenceAPI
-
-        load_dotenv()
-        for name, tag in (
-            ("OPENAI_API_KEY", self.openai_tag),
-            ("ANTHROPIC_API_KEY", self.anthropic_tag),
-            ("OPENROUTER_API_KEY", self.openrouter_tag),
-        ):
-            if tag in os.environ:
-                os.environ[name] = os.environ[tag]
-        return InferenceAPI(
-            cache_dir=self._made(self.enable_cache, self.cache_dir, "cache"),
-            prompt_history_dir=self._made(self.enable_prompt_history, self.prompt_history_dir, "prompt-history"),
-            use_redis=self.use_redis,
-            print_prompt_and_response=self.print_prompt_and_response,
-            openai_fraction_rate_limit=self.openai_fraction_rate_limit,
-            openai_base_url=self.openai_base_url,
-            openai_num_threads=self.openai_num_threads,
-            openai_s2s_num_threads=self.openai_s2s_num_threads,
-            gpt4o_s2s_rpm_cap=self.gpt4o_s2s_rpm_cap,
-            gemini_num_threads=self.gemini_num_threads,
-            gemini_recitation_rate_check_volume=self.gemini_recitation_rate_check_volume,
-            gemini_recitation_rate_threshold=self.gemini_recitation_rate_threshold,
-            anthropic_num_threads=self.anthropic_num_threads,
-            together_num_threads=self.together_num_threads,
-            openrouter_num_threads=self.openrouter_num_threads,
-            gray_swan_num_threads=self.gray_swan_num_threads,
-            huggingface_num_threads=self.huggingface_num_threads,
-            vllm_num_threads=self.vllm_num_threads,
-            use_vllm_if_model_not_found=self.use_vllm_if_model_not_found,
-            vllm_base_url=self.vllm_base_url,
-        )
-
-    def _made(self, wanted: bool, folder: Path | None, default: str) -> Path | None:
+    def made_folder(self, wanted: bool, folder: Path | None, default: str) -> Path | None:
+        """The folder, or <output_dir>/default, made; None where none is wanted."""
         if not wanted:
             return None
         folder = folder or self.output_dir / default

@@ -70,6 +70,14 @@ def encode_json(value: Any, indent: int | None = None) -> str:
     return text if not LONE_SURROGATE.search(text) else json.dumps(value, indent=indent, allow_nan=False)
 
 
+def sync_files(folder: Path) -> None:
+    """The files below a folder onto the disk itself."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+
+
 def sha256_file(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:

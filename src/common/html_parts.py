@@ -42,31 +42,79 @@ th[aria-sort=descending] button::after { content: " ▼"; }
 .count { margin-left: .6rem; opacity: .7; }
 .facts th { font-weight: 500; opacity: .8; }
 .facts td { overflow-wrap: anywhere; }
-input { font: inherit; padding: .25rem .5rem; margin-bottom: .5rem; }
+input, select { font: inherit; padding: .25rem .5rem; margin-bottom: .5rem; max-width: 20rem; }
+.filters label { display: inline-block; margin: .25rem 1.2rem .25rem 0; }
+.filters input { width: 6rem; }
 """
 
 TABLE_SCRIPT = """
+const MOST_CATEGORIES = 40, LONGEST_CATEGORY = 80;
 for (const box of document.querySelectorAll(".table")) {
   const body = box.querySelector("tbody"), input = box.querySelector("input"), count = box.querySelector(".count");
   const heads = [...box.querySelectorAll("thead th")], rows = [...body.rows];
-  input.addEventListener("input", () => {
+  const cell = (row, column) => row.cells[column].textContent;
+  const isNumber = (row, column) => row.cells[column].className === "number";
+  const tests = new Map();
+  const apply = () => {
     const words = input.value.toLowerCase().split(/\\s+/);
     let shown = 0;
     for (const row of rows) {
       const text = row.textContent.toLowerCase();
-      row.hidden = !words.every((word) => text.includes(word));
+      row.hidden = !words.every((word) => text.includes(word)) || ![...tests.values()].every((test) => test(row));
       shown += row.hidden ? 0 : 1;
     }
     count.textContent = shown === rows.length ? rows.length : `${shown} of ${rows.length}`;
+  };
+  input.addEventListener("input", apply);
+
+  const make = (parent, tag, properties) => parent.appendChild(Object.assign(document.createElement(tag), properties));
+  const holder = document.createElement("details");
+  const chooseCategory = (label, column, values) => {
+    const select = make(label, "select", {});
+    make(select, "option", { textContent: "all", value: "" });
+    values.forEach((value, i) => make(select, "option", { textContent: value, value: String(i) }));
+    select.addEventListener("change", () => {
+      if (select.value === "") tests.delete(column);
+      else tests.set(column, (row) => cell(row, column) === values[Number(select.value)]);
+      apply();
+    });
+  };
+  const chooseRange = (label, column) => {
+    const ends = ["from", "to"].map((word) => make(label, "input", { type: "number", step: "any", placeholder: word }));
+    const change = () => {
+      const [low, high] = ends.map((end) => end.value);
+      if (low === "" && high === "") tests.delete(column);
+      else tests.set(column, (row) => isNumber(row, column)
+        && (low === "" || Number(cell(row, column)) >= Number(low))
+        && (high === "" || Number(cell(row, column)) <= Number(high)));
+      apply();
+    };
+    ends.forEach((end) => end.addEventListener("input", change));
+  };
+  heads.forEach((head, column) => {
+    const values = [...new Set(rows.map((row) => cell(row, column)))].sort();
+    if (values.length < 2) return;
+    const known = rows.filter((row) => cell(row, column) !== "–");
+    const isRange = known.length && known.every((row) => isNumber(row, column));
+    const isCategory = values.length <= MOST_CATEGORIES && values.every((value) => value.length <= LONGEST_CATEGORY);
+    if (!isRange && !isCategory) return;
+    const label = make(holder, "label", { textContent: head.textContent + " " });
+    if (isRange) chooseRange(label, column);
+    else chooseCategory(label, column, values);
   });
+  if (holder.childElementCount) {
+    holder.className = "filters";
+    holder.prepend(Object.assign(document.createElement("summary"), { textContent: "filter by column" }));
+    box.insertBefore(holder, box.querySelector(".scroll"));
+  }
+
   heads.forEach((head, column) => head.addEventListener("click", () => {
     const direction = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
     heads.forEach((other) => other.removeAttribute("aria-sort"));
     head.setAttribute("aria-sort", direction === 1 ? "ascending" : "descending");
-    const key = (row) => row.cells[column].textContent;
-    const isNumber = (row) => row.cells[column].className === "number";
-    rows.sort((a, b) => direction * (isNumber(a) && isNumber(b)
-      ? Number(key(a)) - Number(key(b)) : isNumber(b) - isNumber(a) || key(a).localeCompare(key(b))));
+    rows.sort((a, b) => direction * (isNumber(a, column) && isNumber(b, column)
+      ? Number(cell(a, column)) - Number(cell(b, column))
+      : isNumber(b, column) - isNumber(a, column) || cell(a, column).localeCompare(cell(b, column))));
     body.append(...rows);
   }));
 }

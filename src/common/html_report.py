@@ -49,7 +49,7 @@ def text_block(text: str) -> str:
 def facts(values: Mapping[str, Any]) -> str:
     """Names and values, one pair a line."""
     rows = "".join(
-        f"<tr><th>{escape(name)}</th><td>{escape(_shown(value))}</td></tr>" for name, value in values.items()
+        f"<tr><th>{escape(name)}</th><td>{escape(shown_value(value))}</td></tr>" for name, value in values.items()
     )
     return f'<table class="facts">{rows}</table>\n'
 
@@ -71,10 +71,11 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = Non
 
 def _cell(value: Any) -> str:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return f'<td class="number">{value}</td>' if is_number else f"<td><div>{escape(_shown(value))}</div></td>"
+    return f'<td class="number">{value}</td>' if is_number else f"<td><div>{escape(shown_value(value))}</div></td>"
 
 
-def _shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
+    """A value in words: text as it is, everything else as JSON, a dash for none."""
     if value is None:
         return "–"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

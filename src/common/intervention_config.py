@@ -37,14 +37,9 @@ class InterventionConfigBase(EngineConfigBase):
             raise InputError("--steer is empty; expected FILE:LAYERS:COEFFICIENT, or leave it out")
 
     @property
-    def only_hf(self) -> str | None:
-        """The flag that only transformers can serve so far, None when there is none of them."""
-        given = {
-            "--steer": self.steer,
-            "--interventions_path": self.interventions_path,
-            "--project_onto": self.project_onto,
-        }
-        return next((flag for flag, value in given.items() if value is not None), None)
+    def projects(self) -> bool:
+        """Whether hidden states are measured."""
+        return self.project_onto is not None
 
     def entries(self) -> "list[Entry]":
         """The interventions as they are written. Raises InputError for a bad spec file or --steer."""
@@ -65,13 +60,13 @@ class InterventionConfigBase(EngineConfigBase):
         """
         entries, projection = self.entries(), self.projection_entry()
         if self.interventions_path is not None:
-            _try(entries, f"{self.interventions_path}: ")
+            try_entries(entries, f"{self.interventions_path}: ")
         for text, each in zip(self.steer or [], entries, strict=False):
             with naming(f"--steer {text}"):
-                _try([each])
+                try_entries([each])
         if projection:
             with naming(f"--project_onto {self.project_onto}"):
-                _try([projection])
+                try_entries([projection])
         return entries
 
     def intervention_files(self) -> list[Path]:
@@ -83,7 +78,7 @@ class InterventionConfigBase(EngineConfigBase):
         return list(dict.fromkeys(paths))
 
 
-def _try(entries: "list[Entry]", prefix: str = "") -> None:
+def try_entries(entries: "list[Entry]", prefix: str = "") -> None:
     """Resolve entries for a model of the first one's shape. Raises InputError that begins with `prefix`."""
     from src.common.directions_file import read_directions
     from src.common.resolved_interventions import resolve

@@ -36,7 +36,7 @@ from src.common.intervention_fields import (
     shown,
     word,
 )
-from src.common.row_files import json_rows
+from src.common.json_rows import json_rows
 
 OPERATIONS = ("add", "ablate", "scale", "set", "cap")
 NAMED_POSITIONS = ("all", "prompt", "generated", "last_prompt")
@@ -169,21 +169,23 @@ def entry(value: object, place: str) -> Entry:
         raise InputError(f"{place}: {_complaint(error, Entry)}") from None
 
 
-def parse_steer(text: str) -> Entry:
+def parse_steer(text: str, place: str | None = None) -> Entry:
     """
-    The entry of `--steer FILE:LAYERS:COEFFICIENT`: an `add` at all positions. FILE may itself hold colons.
-    Raises InputError for another form and for what an entry refuses.
+    The entry of `--steer FILE:LAYERS:COEFFICIENT`: an `add` at all positions. FILE may itself hold colons. place: where
+    the text stands in a request, whose files have names. Raises InputError for another form and for what an entry
+    refuses.
     """
-    place = f"--steer {text}"
+    form, example = ("NAME", "french") if place else ("FILE", "directions.safetensors")
+    place, form = place or f"--steer {text}", f"{form}:LAYERS:COEFFICIENT"
     parts = text.rsplit(":", 2)
     if len(parts) < 3:
-        raise InputError(f"{place}: expected FILE:LAYERS:COEFFICIENT, for example directions.safetensors:14:4")
+        raise InputError(f"{place}: expected {form}, for example {example}:14:4")
     try:
         coefficient = float(parts[2])
     except ValueError:
         coefficient = math.nan
     if not math.isfinite(coefficient):
-        raise InputError(f"{place}: coefficient {parts[2]!r}; expected FILE:LAYERS:COEFFICIENT with a finite number")
+        raise InputError(f"{place}: coefficient {parts[2]!r}; expected {form} with a finite number")
     return entry({"directions_path": parts[0], "layers": parts[1], "op": "add", "coefficient": coefficient}, place)
 
 

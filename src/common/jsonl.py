@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from src.common.errors import InputError
@@ -38,10 +37,11 @@ def read_jsonl(path: Path, *, in_progress: bool = False) -> Iterator[tuple[int, 
         for number, line in enumerate(file, start=1):
             is_torn = in_progress and not line.endswith(b"\n")
             if line.strip() and not is_torn:
-                yield number, _decode_row(line, f"{path}:{number}")
+                yield number, decode_row(line, f"{path}:{number}")
 
 
-def _decode_row(line: bytes, place: str) -> dict[str, Any]:
+def decode_row(line: bytes, place: str) -> dict[str, Any]:
+    """The object that a line holds. Raises InputError, with the place, where it holds none."""
     try:
         row = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
@@ -74,7 +74,7 @@ def repair_torn_tail(path: Path) -> int:
                 raise torn
             try:
                 if line.strip():
-                    _decode_row(line, f"{path}:{number}")
+                    decode_row(line, f"{path}:{number}")
                 whole += len(line)
                 unended = not line.endswith(b"\n")
             except InputError as error:
@@ -104,23 +104,22 @@ class JsonlWriter:
         self._file.write(encode_row(row))
         self._file.flush()
         if time.monotonic() - self._synced_at >= SECONDS_BETWEEN_SYNCS:
-            self._sync()
+            self.sync()
 
     def close(self) -> None:
         if not self._file.closed:
-            self._sync()
+            self.sync()
             self._file.close()
 
-    def _sync(self) -> None:
+    def sync(self) -> None:
+        """The rows so far onto the disk itself."""
         os.fsync(self._file.fileno())
         self._synced_at = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

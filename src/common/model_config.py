@@ -1,4 +1,4 @@
-"""The settings of every command that loads a model: what a *model reference* is, in flags."""
+"""The settings of every command that loads a model, in a run folder or without one: a *model reference* in flags."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from src.common.settings import setting
 
 
 @dataclass(kw_only=True)
-class ModelConfigBase(RunConfigBase):
+class ModelSettings:
     """The model"""
 
     model_id: str = setting(aliases=("model",))
@@ -25,3 +25,8 @@ class ModelConfigBase(RunConfigBase):
     """nf4 keeps the weights in 4 bits (CUDA only)."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+
+
+@dataclass(kw_only=True)
+class ModelConfigBase(ModelSettings, RunConfigBase):
+    """A command that loads a model and keeps a run folder"""

@@ -1,4 +1,4 @@
-"""The bar of a command that generates: rows done, rows and tokens a second, time left."""
+"""The bar of a command that generates or embeds: rows done, rows and tokens a second, time left."""
 
 import sys
 import time
@@ -11,13 +11,14 @@ SECONDS_BETWEEN_UPDATES = 0.5
 class Progress:
     """A context manager; the rates count what this start added, not what it found."""
 
-    def __init__(self, total: int, done: int) -> None:
+    def __init__(self, total: int | None, done: int, unit: str = "task") -> None:
+        """total: None where it is not known."""
         from tqdm import tqdm
 
         self.tokens = 0
         self._started = self._shown = time.monotonic()
         self._bar = tqdm(
-            total=total, initial=done, unit="task", file=sys.stderr, dynamic_ncols=True, mininterval=0.2, smoothing=0
+            total=total, initial=done, unit=unit, file=sys.stderr, dynamic_ncols=True, mininterval=0.2, smoothing=0
         )
 
     @property
@@ -25,8 +26,8 @@ class Progress:
         """Generated tokens a second since the start."""
         return self.tokens / max(1e-9, time.monotonic() - self._started)
 
-    def add_row(self) -> None:
-        self._bar.update(1)
+    def add_row(self, n: int = 1) -> None:
+        self._bar.update(n)
 
     def add_tokens(self, n: int) -> None:
         self.tokens += n

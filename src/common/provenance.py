@@ -15,6 +15,7 @@ from typing import Any
 
 from src.common.errors import InputError
 from src.common.files import sha256_file
+from src.common.secrets import WITHHELD, without_passwords
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 PACKAGES = (
@@ -27,7 +28,6 @@ SLURM_VARIABLES = (
     *("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_RESTART_COUNT"),
 )
 SECRET_NAME = re.compile(r"(api|access|private|secret)_?key$|(^|_)(token|secret|password|passwd)$", re.IGNORECASE)
-WITHHELD = "<withheld>"
 
 
 def now() -> str:
@@ -36,12 +36,13 @@ def now() -> str:
 
 
 def without_secrets(values: dict[str, Any]) -> dict[str, Any]:
-    """The values, with those withheld whose name looks like a key's or a password's."""
-    return {name: WITHHELD if SECRET_NAME.search(name) and value else value for name, value in values.items()}
+    """The values, with those withheld whose name looks like a key's or a password's, and passwords within URLs."""
+    shown = {name: without_passwords(value) if isinstance(value, str) else value for name, value in values.items()}
+    return {name: WITHHELD if SECRET_NAME.search(name) and value else value for name, value in shown.items()}
 
 
 def command_line(words: Sequence[str]) -> list[str]:
-    """The words of a command line, with the value of every flag withheld whose name looks like a key's."""
+    """The words of a command line without the values of flags whose name looks like a key's, and URLs' passwords."""
     shown, secret_follows = [], False
     for word in words:
         flag, equals, _ = word.partition("=")
@@ -49,7 +50,7 @@ def command_line(words: Sequence[str]) -> list[str]:
         if is_secret and equals:
             shown.append(f"{flag}={WITHHELD}")
         else:
-            shown.append(WITHHELD if secret_follows and not word.startswith("--") else word)
+            shown.append(WITHHELD if secret_follows and not word.startswith("--") else without_passwords(word))
         secret_follows = is_secret and not equals
     return shown
 
@@ -92,10 +93,22 @@ def hash_inputs(inputs: Sequence[Path]) -> dict[str, str]:
 
 
 def peak_memory_mib() -> dict[str, float]:
-    """The most resident memory, in MiB, of this process and of the largest of its finished children."""
+    """
+    The most resident memory, in MiB, of this process and of the largest of its finished children, for which Linux
+    counts at least what this process had when it started them.
+    """
     unit = 1024 if sys.platform == "linux" else 1  # Linux counts in KiB, macOS in bytes
     users = {"process": resource.RUSAGE_SELF, "largest_child": resource.RUSAGE_CHILDREN}
-    return {name: round(resource.getrusage(who).ru_maxrss * unit / 2**20, 1) for name, who in users.items()}
+    peaks = {name: round(resource.getrusage(who).ru_maxrss * unit / 2**20, 1) for name, who in users.items()}
+    # What rusage has of this process begins with what its parent had.
+    if own := re.search(r"VmHWM:\s+(\d+) kB", _status()):
+        peaks["process"] = round(int(own[1]) / 2**10, 1)
+    return peaks
+
+
+def _status() -> str:
+    path = Path("/proc/self/status")
+    return path.read_text() if path.exists() else ""
 
 
 def start_session() -> dict[str, Any]:

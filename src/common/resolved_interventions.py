@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from src.common.directions_file import HOOK_POINTS, Directions, read_directions
@@ -18,6 +19,8 @@ from src.common.interventions import Condition, Entry, Window
 if TYPE_CHECKING:
     import numpy as np
 
+ReadDirections = Callable[[str], Directions]
+"""From `directions_path` to what it names. Raises InputError."""
 VANISH_AT_ZERO = ("add", "ablate", "scale")
 """Operations that do nothing with a coefficient of 0."""
 
@@ -32,6 +35,11 @@ class ResolvedCondition:
     """float32 (d_model,), of length 1."""
     above: float | None
     below: float | None
+
+    @property
+    def key(self) -> tuple:
+        """Equal for conditions that ask the same."""
+        return self.layer, self.hook_point, self.above, self.below, self.direction.tobytes()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,7 +82,13 @@ class ResolvedSpec:
 
     operations: tuple[ResolvedOperation, ...]
 
-    @property
+    @cached_property
+    def conditions(self) -> tuple[ResolvedCondition, ...]:
+        """The conditions that differ, in the order of their first operation."""
+        found = {o.condition.key: o.condition for o in self.operations if o.condition}
+        return tuple(found.values())
+
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 (hex) over the operations as canonical JSON and the bytes of their vectors, little-endian float32."""
         digest = hashlib.sha256()
@@ -96,7 +110,7 @@ def resolve(
     model_fingerprint: str | None,
     adapter_fingerprint: str | None = None,
     allow_model_mismatch: bool = False,
-    read: Callable[[str], Directions] = read_directions,
+    read: ReadDirections = read_directions,
 ) -> ResolvedSpec:
     """
     The operations of `entries` for a model of `n_layers` layers of width `d_model`, in the entries' order.

@@ -47,6 +47,19 @@ class Results:
         self._writer.write(row)
         self.rows[str(row["id"])] = row
 
+    def sync(self) -> None:
+        """All rows so far on the disk itself, for what must not get there before them."""
+        self._writer.sync()
+
+    def drop(self, row_ids: Iterable[str]) -> None:
+        """Forget rows, in the file too: they are to be made again."""
+        gone = set(row_ids)
+        if gone & self.rows.keys():
+            self._writer.close()
+            self.rows = {key: row for key, row in self.rows.items() if key not in gone}
+            write_jsonl_atomic(self.path, self.rows.values())
+            self._writer = JsonlWriter(self.path)
+
     def finish(self, order: Sequence[str]) -> None:
         """Rewrite the file in the order of `order`; rows of an earlier, larger call come after."""
         self._writer.close()

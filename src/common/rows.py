@@ -10,7 +10,9 @@ from itertools import islice
 from pathlib import Path
 
 from src.common.errors import InputError
-from src.common.row_files import Row, csv_rows, hub_rows, json_rows, jsonl_rows, parquet_rows, require_file, text_rows
+from src.common.hub_rows import hub_rows
+from src.common.json_rows import json_rows
+from src.common.row_files import ColumnCheck, Row, csv_rows, jsonl_rows, parquet_rows, require_file, text_rows
 
 TEXT_KEYS = ("prompt", "question", "text")
 PERSONA_KEYS = ("persona", "category", "article")
@@ -43,6 +45,47 @@ class Chat:
     messages: tuple[dict[str, str], ...]
 
 
+@dataclass(frozen=True)
+class Record:
+    """A row of any columns; the id is the one given, or the row's index as text. `place` is its `file:line`."""
+
+    id: str
+    place: str
+    values: dict[str, object]
+
+    def text(self, column: str) -> str:
+        """A column's text. Raises InputError where the row lacks the column, and where that is blank or no text."""
+        if column not in self.values:
+            meant = _meant(column, self.values)
+            raise InputError(f"{self.place}: no column {column!r}{meant}; it has {_quoted(self.values)}")
+        return filled_text(self.place, column, self.values[column])
+
+
+def read_records(source: str | Path, limit: int | None = None) -> list[Record]:
+    """
+    The rows of any table that `read_prompts` reads, with all their columns; a line of text is a row of `prompt` alone.
+    Raises InputError as `read_prompts` does, but for the columns: none is required.
+    """
+    rows = _any_rows(source, lambda place, names: None)
+    rows = islice(rows, limit) if _is_hub(source) else rows
+    records = [_record(place, value, index) for index, (place, value) in enumerate(rows)]
+    _require_some(source, records, "rows")
+    _refuse_twice(((record.place, record.id) for record in records), "id")
+    return records[:limit]
+
+
+def _record(place: str, value: object, index: int) -> Record:
+    row = {"prompt": value} if isinstance(value, str) else _object(place, value, ("id",))
+    return Record(row_id(place, row, index), place, row)
+
+
+def read_messages(place: str, value: object) -> tuple[dict[str, str], ...]:
+    """A conversation out of a row's column. Raises InputError as `read_chats` does for its `messages`."""
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{place}: messages is {_shown(value)}; expected a list of at least one message")
+    return tuple(_message(place, number, each) for number, each in enumerate(value, 1))
+
+
 def read_prompts(source: str | Path, limit: int | None = None) -> list[Prompt]:
     """
     The prompts of a JSON list, JSONL, CSV, Parquet or text file, or of `hub:NAME[:CONFIG[:SPLIT[:COLUMN]]]`; at most
@@ -54,7 +97,7 @@ def read_prompts(source: str | Path, limit: int | None = None) -> list[Prompt]:
     if limit is not None and limit < 1:
         raise InputError(f"{source}: a limit of {limit} prompts; expected at least 1")
     # The whole of a file is checked, whatever the limit; a hub dataset may have no end.
-    rows = _prompt_rows(source) if not _is_hub(source) else islice(_prompt_rows(source), limit)
+    rows = _any_rows(source, _text_key) if not _is_hub(source) else islice(_any_rows(source, _text_key), limit)
     placed = [(place, _prompt(place, value, index)) for index, (place, value) in enumerate(rows)]
     _require_some(source, placed, "prompts")
     _refuse_twice(((place, prompt.id) for place, prompt in placed), "id")
@@ -80,7 +123,7 @@ def read_chats(path: str | Path) -> list[Chat]:
     message, an unknown role, a content that is blank or not text, an id twice.
     """
     rows = enumerate(_json_or_jsonl(Path(path), "chats"))
-    placed = [(place, _chat(place, value, index)) for index, (place, value) in rows]
+    placed = [(place, parse_chat(place, value, index)) for index, (place, value) in rows]
     _require_some(path, placed, "chats")
     _refuse_twice(((place, chat.id) for place, chat in placed), "id")
     return [chat for _, chat in placed]
@@ -90,23 +133,21 @@ def _is_hub(source: str | Path) -> bool:
     return str(source).startswith("hub:")
 
 
-def _prompt_rows(source: str | Path) -> Iterator[Row]:
+def _any_rows(source: str | Path, check: ColumnCheck) -> Iterator[Row]:
     if _is_hub(source):
-        return hub_rows(str(source), _text_key)
+        return hub_rows(str(source), check)
     path = Path(source)
     require_file(path)
     match path.suffix.lower():
-        case ".json":
-            return json_rows(path)
-        case ".jsonl" | ".ndjson":
-            return jsonl_rows(path)
+        case ".json" | ".jsonl" | ".ndjson":
+            return _json_or_jsonl(path, "rows")
         case ".csv":
-            return csv_rows(path, _text_key)
+            return csv_rows(path, check)
         case ".parquet":
-            return parquet_rows(path, _text_key)
+            return parquet_rows(path, check)
         case ".txt":
             return text_rows(path)
-    raise InputError(f"{path}: not a format for prompts; expected .json, .jsonl, .csv, .parquet, .txt or hub:NAME")
+    raise InputError(f"{path}: not a format for rows; expected .json, .jsonl, .csv, .parquet, .txt or hub:NAME")
 
 
 def _json_or_jsonl(path: Path, what: str) -> Iterator[Row]:
@@ -121,9 +162,9 @@ def _json_or_jsonl(path: Path, what: str) -> Iterator[Row]:
 
 def _prompt(place: str, value: object, index: int) -> Prompt:
     if not isinstance(value, dict):
-        return Prompt(str(index), _filled_text(place, "the prompt", value))
+        return Prompt(str(index), filled_text(place, "the prompt", value))
     key = _text_key(place, list(value))
-    return Prompt(_id(place, value, index), _filled_text(place, key, value[key]))
+    return Prompt(row_id(place, value, index), filled_text(place, key, value[key]))
 
 
 def _persona(place: str, value: object) -> Persona:
@@ -132,20 +173,18 @@ def _persona(place: str, value: object) -> Persona:
     texts = {key: _text(place, key, row[key]) for key in PERSONA_KEYS}
     for key, text in texts.items():
         if key != "article":
-            _filled_text(place, key, text)
+            filled_text(place, key, text)
         if text != text.strip():
             raise InputError(f"{place}: {key} {text!r} has white space around it; expected {text.strip()!r}")
     return Persona(**texts)
 
 
-def _chat(place: str, value: object, index: int) -> Chat:
+def parse_chat(place: str, value: object, index: int) -> Chat:
+    """One chat; `index` names it where it has no id. Raises InputError that begins with `place`, as `read_chats`."""
     row = _object(place, value, ("messages",))
     if "messages" not in row:
         raise InputError(f"{place}: {_key_problem(list(row), ('messages',))}")
-    messages = row["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise InputError(f"{place}: messages is {_shown(messages)}; expected a list of at least one message")
-    return Chat(_id(place, row, index), tuple(_message(place, number, each) for number, each in enumerate(messages, 1)))
+    return Chat(row_id(place, row, index), read_messages(place, row["messages"]))
 
 
 def _message(place: str, number: int, value: object) -> dict[str, str]:
@@ -155,16 +194,17 @@ def _message(place: str, number: int, value: object) -> dict[str, str]:
     role = _text(place, "role", row["role"])
     if role not in ROLES:
         raise InputError(f'{place}: role is "{role}"{_meant(role, ROLES)}; expected {", ".join(ROLES)}')
-    return {"role": role, "content": _filled_text(place, "content", row["content"])}
+    return {"role": role, "content": filled_text(place, "content", row["content"])}
 
 
-def _id(place: str, row: dict[str, object], index: int) -> str:
+def row_id(place: str, row: dict[str, object], index: int) -> str:
+    """The id of a row as text, its index where it has none. Raises InputError for one that is no text or number."""
     value = row.get("id")
     if value is None:
         return str(index)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    return _filled_text(place, "id", value)
+    return filled_text(place, "id", value)
 
 
 def _object(place: str, value: object, keys: tuple[str, ...]) -> dict[str, object]:
@@ -183,7 +223,8 @@ def _text(place: str, what: str, value: object) -> str:
     return value
 
 
-def _filled_text(place: str, what: str, value: object) -> str:
+def filled_text(place: str, what: str, value: object) -> str:
+    """The value, which has to be text and not blank. Raises InputError that names `what`."""
     if not _text(place, what, value).strip():
         raise InputError(f"{place}: {what} is {'blank' if value else 'empty'}; expected text")
     return value

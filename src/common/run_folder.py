@@ -7,7 +7,8 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,10 +19,13 @@ CONFIG, PROVENANCE, DONE, LOCK, SHARDS = "config.json", "provenance.json", "DONE
 # What a folder may hold that has no config.json yet: a first start that was killed, and workers' folders.
 BEFORE_CONFIG = {LOCK, PROVENANCE, "logs", SHARDS}
 
+# What asking an API leaves even where no question had an answer.
+BESIDE_ROWS = {"failures.jsonl", "api-costs.jsonl", "cache", "prompt-history"}
 
-def make_folder(folder: Path) -> None:
+
+def make_folder(folder: Path, may_hold: Sequence[str] = ()) -> None:
     """
-    Makes the folder and shows that it can be written.
+    Makes the folder and shows that it can be written. `may_hold`: patterns of files that are no reason to refuse it.
     Raises InputError where it cannot, and where files of somebody else are in it.
     """
     try:
@@ -29,14 +33,15 @@ def make_folder(folder: Path) -> None:
         if (folder / CONFIG).exists():
             read_run(folder)
         else:
-            _refuse_other_files(folder)
+            _refuse_other_files(folder, may_hold)
         (folder / LOCK).open("a").close()
     except OSError as error:
         raise InputError(f"--output_dir {folder}: {error.strerror}; choose a folder that you can write") from error
 
 
-def _refuse_other_files(folder: Path) -> None:
-    foreign = [path.name for path in folder.iterdir() if not _is_ours(path.name)]
+def _refuse_other_files(folder: Path, may_hold: Sequence[str]) -> None:
+    names = [path.name for path in folder.iterdir()]
+    foreign = [name for name in names if not _is_ours(name) and not any(fnmatch(name, each) for each in may_hold)]
     if foreign:
         raise InputError(
             f"--output_dir {folder}: it has no {CONFIG} but holds {', '.join(sorted(foreign)[:3])}"
@@ -46,7 +51,7 @@ def _refuse_other_files(folder: Path) -> None:
 
 def has_results(folder: Path) -> bool:
     """Whether the run in the folder has written anything of its own yet, be it a single row."""
-    own = {CONFIG, DONE, *BEFORE_CONFIG} - {SHARDS}
+    own = {CONFIG, DONE, *BEFORE_CONFIG, *BESIDE_ROWS} - {SHARDS}
     return any(path.name not in own and (path.is_dir() or path.stat().st_size > 0) for path in folder.iterdir())
 
 

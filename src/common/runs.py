@@ -8,6 +8,7 @@ One run, one folder: config.json (resolved), provenance.json, logs/, the results
 """
 
 import logging
+import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -33,31 +34,45 @@ from src.common.run_folder import (
     read_run,
     refuse_differences,
 )
+from src.common.secrets import withhold
 from src.common.settings import row_fields, to_json
 
 LOGGER = logging.getLogger(__name__)
 # Facts that results depend on but that no setting shows: weights can change under the same name, `auto` its choice.
 PINNED = (
     "model_fingerprint", "adapter_fingerprint", "format_fingerprint", "dtype", "backend", "interventions_fingerprint",
+    "provider", "base_url",
 )  # fmt: skip
 
 
-def start_run(config: RunConfigBase, command: str, inputs: Sequence[Path] = ()) -> "Run":
+def start_run(config: RunConfigBase, command: str, inputs: Sequence[Path] = (), may_hold: Sequence[str] = ()) -> "Run":
     """
     Makes or goes on with the run in the config's folder: takes the folder for this process, seeds random and numpy,
-    starts the log, writes config.json and provenance.json, removes DONE.
+    starts the log, writes config.json and provenance.json, removes DONE. `may_hold`: patterns of files that workers
+    with folders of their own may have put there before.
     Raises InputError where the folder cannot be written, is in use, holds files of somebody else, or holds a run of
-    another command, another configuration or other contents of the input files.
+    another command, another configuration or other contents of the input files; and for one of several processes that
+    torchrun has started.
     """
+    _refuse_torchrun()
     folder = run_folder(config)
     hashes = hash_inputs(inputs)
-    make_folder(folder)
+    make_folder(folder, may_hold)
     lock = lock_folder(folder)
     try:
         return _open_run(folder, lock, config, command, hashes)
     except BaseException:
         lock.close()
         raise
+
+
+def _refuse_torchrun() -> None:
+    n = os.environ.get("WORLD_SIZE", "1")
+    if n not in ("", "1"):
+        raise InputError(
+            f"WORLD_SIZE is {n}: a launcher such as torchrun has started this command several times, and it is one "
+            f"process; start it once (of the commands with --num_workers each worker by itself)"
+        )
 
 
 def run_folder(config: RunConfigBase) -> Path:
@@ -182,4 +197,4 @@ class Run:
             return
         if not issubclass(kind, InputError | CheckFailed):
             LOGGER.error("failed", exc_info=(kind, error, trace), extra={FILE_ONLY: True})
-        self.close(f"failed: {kind.__name__}: {error}")
+        self.close(withhold(f"failed: {kind.__name__}: {error}"))

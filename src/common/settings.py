@@ -10,16 +10,19 @@ Settings: one dataclass field is a flag, a help line, a TOML key, an environment
 import dataclasses
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
 import simple_parsing
 
+from src.common.errors import InputError
+
 AFFECTS_ROWS = "affects_rows"
 AFFECTS_SHARES = "affects_shares"
 POSITIONAL = "positional_words"
+AUTO = "auto_value"
 
 
 def setting(
@@ -31,18 +34,20 @@ def setting(
     aliases: Sequence[str] = (),
     choices: Sequence[str] | None = None,
     positional: bool = False,
+    auto: Callable[[], Any] | None = None,
 ) -> Any:
     """
     A dataclass field that is also a flag. `affects_rows=False` leaves it out of the comparison on resume; `aliases` are
     further flag names; `affects_shares=True` puts it back where several workers share the tasks, since each one's share
-    depends on it; `positional` lets a list be given as plain words, without its flag.
+    depends on it; `positional` lets a list be given as plain words, without its flag;
+    `auto` gives the value that the word `auto` stands for.
     """
     extra = {} if choices is None else {"choices": list(choices)}
     return simple_parsing.field(
         default=default,
         default_factory=default_factory,
         alias=list(aliases) or None,
-        metadata={AFFECTS_ROWS: affects_rows, AFFECTS_SHARES: affects_shares, POSITIONAL: positional},
+        metadata={AFFECTS_ROWS: affects_rows, AFFECTS_SHARES: affects_shares, POSITIONAL: positional, AUTO: auto},
         **extra,
     )
 
@@ -59,6 +64,7 @@ class Setting:
     required: bool = False
     aliases: tuple[str, ...] = ()
     choices: tuple[str, ...] | None = None
+    auto: Callable[[], Any] | None = None
 
     @property
     def is_bool(self) -> bool:
@@ -97,6 +103,7 @@ def _describe(field: dataclasses.Field, hint: Any) -> Setting:
         required=field.default is MISSING and field.default_factory is MISSING,
         aliases=tuple(field.metadata.get("alias", ())),
         choices=None if choices is None else tuple(choices),
+        auto=field.metadata.get(AUTO),
     )
 
 
@@ -111,6 +118,14 @@ def _without_none(hint: Any) -> tuple[Any, bool]:
 def to_json(config: Any) -> dict[str, Any]:
     """Every field of a config as JSON types, in the order of declaration: a path becomes a string, a tuple a list."""
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def require_at_least_one(config: Any, names: Iterable[str]) -> None:
+    """Raises InputError where one of these settings is below 1; one that is None was not given."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} {value}: expected at least 1")
 
 
 def _plain(value: Any) -> Any:

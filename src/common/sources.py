@@ -161,6 +161,8 @@ def convert(given: Given, setting: Setting) -> Any:
     """The value of a setting from its words. Raises InputError naming the place, the word and what is expected."""
     if given.words == ("none",) and setting.takes_none:
         return None
+    if given.words == ("auto",) and setting.auto:
+        return setting.auto()
     if not setting.is_list and len(given.words) != 1:
         raise InputError(f"{given.place}: {len(given.words)} values; expected {setting.expected}")
     values = [_convert_word(word, given.place, setting) for word in given.words]

@@ -8,6 +8,7 @@ from src.common.row_files import read_text
 
 STYLES = {"you-are-a": "You are {article} {persona}.", "act-as": "Act as {article} {persona}."}
 PLAIN = "plain"
+ARTICLES = ("a", "an", "the")
 
 
 def check_style(style: str) -> None:
@@ -33,6 +34,12 @@ def system_prompt(persona: str, article: str, style: str) -> str | None:
     template = template.replace("{article} ", "").replace("{article}", "") if bare else template
     parts = re.split(r"(\{article\}|\{persona\})", template)
     return "".join({"{article}": article, "{persona}": persona}.get(part, part) for part in parts)
+
+
+def parted(text: str) -> tuple[str | None, str]:
+    """(persona, article) of `Hamlet`, `a pirate`, or of nothing, which is no persona."""
+    first, _, rest = text.strip().partition(" ")
+    return (rest.strip(), first) if first in ARTICLES and rest.strip() else (text.strip() or None, "")
 
 
 def read_chat_template(chat_template: str) -> str:

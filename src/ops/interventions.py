@@ -36,6 +36,11 @@ class Intervention:
         """From a table the entries `index`, int64 (rows,): what `intervene` takes for that many rows."""
         return Intervention(**{each.name: getattr(self, each.name)[index] for each in fields(self)})
 
+    def write(self, index: int | slice, entries: "Intervention") -> None:
+        """Put one intervention, or for a slice a table, into this table's place."""
+        for each in fields(self):
+            getattr(self, each.name)[index] = getattr(entries, each.name)
+
     def to(self, device: torch.device) -> "Intervention":
         """The same on another device."""
         return Intervention(**{each.name: getattr(self, each.name).to(device) for each in fields(self)})
@@ -83,6 +88,16 @@ def stacked(interventions: Sequence[Intervention]) -> Intervention:
     return Intervention(**{name: torch.stack([getattr(i, name) for i in interventions]) for name in names})
 
 
+def idle(n: int, d_model: int, device: torch.device) -> Intervention:
+    """A table of n interventions that do nothing."""
+    number = lambda value: torch.full((n,), value, dtype=torch.float32, device=device)  # noqa: E731
+    vectors = lambda: torch.zeros(n, d_model, dtype=torch.float32, device=device)  # noqa: E731
+    return Intervention(
+        v=vectors(), u=vectors(), a=number(1.0), lo=number(-math.inf), hi=number(math.inf),
+        relative=torch.zeros(n, dtype=torch.bool, device=device),
+    )  # fmt: skip
+
+
 def projection(h: Tensor, u: Tensor) -> Tensor:
     """p = ⟨h, u⟩ of each row in float32, (rows,). h: (rows, d_model), any float dtype; u: (d_model,) or as h."""
     return (_wide(h) * u).sum(dim=-1)
@@ -103,7 +118,11 @@ def intervene(h: Tensor, by: Intervention, acting: Tensor | None = None) -> Tens
     acting: bool (rows,), the rows to act on, all when None. The others, and every number to which nothing is added,
     stay bit for bit, NaN and −0.0 included.
     """
-    delta = difference(h, by)
+    return moved(h, difference(h, by), acting)
+
+
+def moved(h: Tensor, delta: Tensor, acting: Tensor | None = None) -> Tensor:
+    """h + delta, in h's dtype, where `acting` and where delta is not 0; delta float32, as h. See `intervene`."""
     same = delta == 0
     if acting is not None:
         same = same | ~acting[..., None]
