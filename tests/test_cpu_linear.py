@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from src.models.cpu_linear import packed_linears
+from src.models.cpu_linear import frozen_linears, onednn_linears, packed_linears
 from tests.tiny_models import tiny_model
 
 
@@ -50,3 +50,38 @@ def test_half_precision_and_autograd_are_left_alone() -> None:
         assert n_packed == 0
     with packed_linears(nn.Linear(4, 4)) as n_packed:
         assert n_packed == 0
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of PyTorch has no oneDNN")
+def test_products_on_unpacked_weights_equal_the_plain_ones_and_see_edits() -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(64, 96), torch.randn(3, 200, 64)
+    with torch.inference_mode():
+        with onednn_linears(linear) as n:
+            assert n == 1 and torch.allclose(linear(x), nn.functional.linear(x, linear.weight, linear.bias), atol=1e-5)
+            linear.weight.data.mul_(3)
+            assert torch.allclose(linear(x), nn.functional.linear(x, linear.weight, linear.bias), atol=1e-5)
+        with onednn_linears(nn.Linear(4, 4).bfloat16()) as n:
+            assert n == 0
+    with onednn_linears(linear) as n:
+        assert n == 0, "under autograd"
+    assert "forward" not in vars(linear)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_through_frozen_products_are_the_plain_ones(bias: bool) -> None:
+    torch.manual_seed(0)
+    frozen, free = nn.Linear(64, 96, bias=bias).requires_grad_(False), nn.Linear(96, 8)
+    net, x = nn.Sequential(frozen, free), torch.randn(3, 5, 64)
+
+    def gradients() -> list[torch.Tensor]:
+        net.zero_grad()
+        inputs = x.clone().requires_grad_()
+        net(inputs).square().sum().backward()
+        return [inputs.grad, free.weight.grad.clone()]
+
+    plain = gradients()
+    with frozen_linears(net) as n:
+        through = gradients()
+    assert n == int(torch.backends.mkldnn.is_available()) and "forward" not in vars(frozen)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(plain, through, strict=True))

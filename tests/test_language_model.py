@@ -8,7 +8,9 @@ from torch import nn
 
 from src.common.errors import InputError
 from src.common.model_config import ModelConfigBase
+from src.common.resolved_interventions import ResolvedCondition
 from src.models.chat_format import PersonaRenderer
+from src.models.hooks import reading
 from src.models.language_model import LanguageModel, generate_all
 from src.models.types import GenerationRequest, GenerationResult
 from src.ops.metrics import token_uncertainty
@@ -103,21 +105,51 @@ def test_a_mixed_batch_gives_each_row_what_it_gives_alone(tiny_folder: Path) -> 
     alone = [generate_all(model, [request])[0] for request in requests]
     assert same_results(together, alone)
     plain = generate_all(model, [replace(request, interventions=()) for request in requests])
-    for i, (steered, other) in enumerate(zip(together, plain, strict=True)):
+    for i, (acted_on, other) in enumerate(zip(together, plain, strict=True)):
         # Rows that nothing acts on keep their bits; the others really differ.
-        assert (steered == other) == (i % 4 == 0)
+        assert (acted_on == other) == (i % 4 == 0)
 
 
 def test_a_steered_row_is_that_of_a_hook_set_by_hand(tiny_folder: Path) -> None:
     model = load(tiny_folder)
     request = mixed_requests()[1]
     vector = 6.0 * torch.from_numpy(unit(0))
-    steered = generate_all(model, [request])
+    by_spec = generate_all(model, [request])
     handle = model.model.model.layers[0].register_forward_hook(lambda module, args, output: output + vector)
     by_hand = generate_all(model, [replace(request, interventions=())])
     handle.remove()
-    assert same_results(steered, by_hand)
-    assert not same_results(steered, generate_all(model, [replace(request, interventions=())]))
+    assert same_results(by_spec, by_hand)
+    assert not same_results(by_spec, generate_all(model, [replace(request, interventions=())]))
+
+
+def test_what_conditions_read_comes_back_for_every_position(tiny_folder: Path) -> None:
+    """Also from rows that outlive their mates, and where no operation was to act."""
+    model = load(tiny_folder)
+    at = {"hook_point": "resid_post", "above": 0.0, "below": None}
+    first = ResolvedCondition(layer=0, direction=unit(7), **at)
+    second = ResolvedCondition(layer=1, direction=unit(8), **at)
+    steering = spec(
+        {"op": "add", "coefficient": 2.0, "layer": 1, "condition": second, "positions": "generated"},
+        {"op": "add", "coefficient": 3.0, "layer": 1, "condition": first},
+        {"op": "ablate", "coefficient": 1.0, "layer": 1, "condition": second},
+    )
+    asked = [
+        replace(each, interventions=steering if i % 3 else (), max_tokens=3 + i)
+        for i, each in enumerate(mixed_requests())
+    ]
+    for request, result in zip(asked, generate_all(model, asked), strict=True):
+        if not request.spec:
+            assert result.gates == ()
+            continue
+        ids = torch.tensor([[*request.token_ids, *result.token_ids]])
+        n = ids.shape[1] - (result.finish_reason == "length")
+        seen: list[torch.Tensor] = []
+        # At layer 0 nothing acts, so what leaves it is what the condition read there.
+        with torch.inference_mode(), reading(model.model, {(0, "resid_post"): seen.append}):
+            model.model(input_ids=ids, position_ids=torch.arange(ids.shape[1])[None])
+        assert [len(gate) for gate in result.gates] == [n, n]
+        expected = seen[0][0, :n] @ torch.from_numpy(unit(7))
+        assert torch.allclose(torch.tensor(result.gates[1]), expected, atol=1e-5)
 
 
 def test_interventions_that_do_not_fit_the_model_are_refused_and_leave_no_hook(tiny_folder: Path) -> None:

@@ -254,3 +254,12 @@ def test_rows_that_were_not_asked_for_are_a_fault_of_the_caller(tmp_path: Path) 
     store.add(["s0"], rows_of(1))
     with pytest.raises(AssertionError, match="'s0'"):
         store.add(["s0"], rows_of(1))
+
+
+def test_a_store_without_rows_leaves_nothing_behind(tmp_path: Path) -> None:
+    """So that a model that cannot be loaded does not bind the folder to its settings."""
+    with ResidualStore(tmp_path / "rows", SETTINGS) as store:
+        assert len(list(store.missing(some_sequences(3)))) == 3
+    assert not (tmp_path / "rows").exists()
+    with pytest.raises(InputError, match="no sequence was given"):
+        ResidualStore(tmp_path / "rows", SETTINGS).finish()

@@ -15,6 +15,7 @@ from src.models.hooks import Location
 from src.models.language_model import LanguageModel
 from src.models.teacher_forcing import kl_per_token, mean_projections
 from src.models.token_sequences import TokenSequence
+from src.ops import divergence
 from tests.steering_specs import spec, unit
 from tests.tiny_models import tiny_model
 
@@ -106,7 +107,7 @@ def test_small_budgets_and_a_lack_of_memory_change_nothing(model: LanguageModel,
     rows = [(sequence(str(i), 5, 6, i), spec({"op": "add", "coefficient": 2.0})) for i in range(6)]
     whole = kl_per_token(model, rows)
     monkeypatch.setattr(teacher_forcing, "MAX_LOGITS", 49152 * 15)
-    monkeypatch.setattr(teacher_forcing, "MAX_LOGITS_AT_ONCE", 49152)
+    monkeypatch.setattr(divergence, "MAX_LOGITS_AT_ONCE", 49152)
     for found, expected in zip(kl_per_token(model, rows, tokens_per_batch=40), whole, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-3)
 

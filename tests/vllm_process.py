@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -21,11 +22,14 @@ from src.models.types import GenerationRequest, GenerationResult
 
 
 def run_jobs(jobs: list[dict], root: Path, timeout: float = 500) -> list[dict]:
-    """Run the jobs in a new process and return what each gave."""
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.vllm_process"], input=json.dumps(jobs), cwd=root, text=True, capture_output=True,
-        timeout=timeout,
-    )  # fmt: skip
+    """Run the jobs in a new process, which must leave no socket behind, and return what each gave."""
+    # Not pytest's folder: a socket's path must be short.
+    with tempfile.TemporaryDirectory() as folder:
+        process = subprocess.run(
+            [sys.executable, "-m", "tests.vllm_process"], input=json.dumps(jobs), cwd=root, text=True,
+            capture_output=True, timeout=timeout, env=os.environ | {"TMPDIR": folder},
+        )  # fmt: skip
+        assert not [path for path in Path(folder).rglob("*") if path.is_socket()]
     assert process.returncode == 0, process.stderr[-4000:]
     return json.loads(process.stdout.strip().splitlines()[-1])
 
@@ -57,6 +61,7 @@ def broken(patch: str | None) -> Iterator[None]:
 def run_job(job: dict) -> dict:
     from src.models.language_model import generate_all
     from src.models.vllm_engine import VLLMEngine
+    from src.models.vllm_process import segments_of
 
     requests = [
         GenerationRequest(**{k: tuple(v) if isinstance(v, list) else v for k, v in request.items()})
@@ -70,10 +75,13 @@ def run_job(job: dict) -> dict:
             plain = scheduler._preempt_request
             scheduler._preempt_request = lambda request, *a, **k: (preempted.append(request), plain(request, *a, **k))
             results = generate_all(engine, requests, top_k=job.get("top_k", 5))
-            facts, room = engine.facts, engine.room
+            facts, room, segments = engine.facts, engine.room, segments_of(engine._engine)
     except (InputError, CheckFailed) as error:
         return {"error": [type(error).__name__, str(error)]}
-    return {"results": [asdict(r) for r in results], "facts": facts, "room": room, "preemptions": len(preempted)}
+    return {
+        "results": [asdict(r) for r in results], "facts": facts, "room": room, "preemptions": len(preempted),
+        "segments": [path.name for path in segments],
+    }  # fmt: skip
 
 
 def main() -> None:

@@ -1,35 +1,40 @@
 """
-Tokens a second and peak memory of src.models.residuals against `output_hidden_states=True`, same model, same prompts,
-same float32, in one run:
-uv run python scripts/benchmarks/residuals.py
+Tokens a second and peak memory of src.models.residuals and src.models.vllm_residuals against
+`output_hidden_states=True`, same model, same prompts, same float32, in one run:
+OMP_NUM_THREADS=1 uv run --extra cpu python scripts/benchmarks/residuals.py
 
 - `plain` is the usual loop: batches of 16 in the order given, padded on the left, a forward pass with
   `output_hidden_states=True`, the rows taken from what it returns.
 - `careful` is the same loop with everything one can ask of it: sorted by length, batches of our token budget,
   `logits_to_keep=1`, no cache.
 - `tiller` is `extract` with its defaults.
+- `tiller on vLLM` is its like on vLLM in eager mode, with its defaults; left out where vLLM is not installed.
 
-Each side and token position runs in a process of its own, so that each has its own peak memory. The prompts are
-data/personas' prompts and personas in the bundled model's chat format. The last layer is left out of the comparison of
-rows: what transformers returns for it is after the final norm.
+Each side and token position has a process of its own, so that each has its own peak memory. The sides take turns, a
+pass each, `--passes` times; medians count. The prompts are data/personas' prompts and personas in the bundled model's
+chat format. The last layer is left out of the comparison of rows: what transformers returns for it is after the final
+norm.
 """
 
 import argparse
 import json
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 MODEL_ID = "bundled:smollm2-135m"
-SIDES = ("plain", "careful", "tiller")
+ON_VLLM = "tiller on vLLM"
+SIDES = ("plain", "careful", "tiller", ON_VLLM)
 POSITIONS = ("last_prompt", "mean_prompt")
 PLAIN_BATCH_SIZE = 16
+KV_CACHE_GIB = 0.5
 
 
 def rendered(n: int) -> list[tuple[int, ...]]:
@@ -75,54 +80,100 @@ def by_hidden_states(model, prompts: list[tuple[int, ...]], position: str, caref
     return torch.stack([rows[i] for i in range(len(prompts))])
 
 
-def by_hooks(model, prompts: list[tuple[int, ...]], position: str):
+def by_extract(extract: Callable[..., None], prompts: list[tuple[int, ...]], position: str):
     """Rows in the prompts' order, float32 (prompts, layers, d_model)."""
     import torch
 
-    from src.models.residuals import extract
     from src.models.token_sequences import TokenSequence
 
     rows = {}
     sequences = [TokenSequence(id=str(i), token_ids=p, prompt_length=len(p)) for i, p in enumerate(prompts)]
     extract(
-        model, sequences, layers=range(30), position=position,
+        sequences=sequences, layers=range(30), position=position,
         on_rows=lambda ids, batch: rows.update(zip(ids, batch, strict=True)),
     )  # fmt: skip
     return torch.stack([rows[str(i)] for i in range(len(prompts))])
 
 
-def run_side(side: str, position: str, n_prompts: int, rows_path: Path) -> dict[str, float]:
+def reader(side: str, position: str) -> Callable[[list[tuple[int, ...]]], object]:
+    """A loaded model: prompts → rows."""
+    from functools import partial
+
+    if side == ON_VLLM:
+        from src.common.engine_config import EngineConfigBase
+        from src.models import vllm_residuals
+        from src.models.vllm_engine import VLLMEngine
+
+        config = EngineConfigBase(
+            model_id=MODEL_ID, output_dir=Path("unused"), dtype="float32", device="cpu", kv_cache_gib=KV_CACHE_GIB
+        )
+        engine = VLLMEngine.load(config)
+        return lambda prompts: by_extract(partial(vllm_residuals.extract, engine), prompts, position)
     import torch
     from transformers import AutoModelForCausalLM
 
+    from src.models import residuals
     from src.models.bundled import bundled_folder
 
     model = AutoModelForCausalLM.from_pretrained(bundled_folder(MODEL_ID), dtype=torch.float32).eval()
-    prompts = rendered(n_prompts)
-    with torch.no_grad():
-        model(input_ids=torch.tensor([prompts[0]]))
-    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    started, cpu_started = time.perf_counter(), time.process_time()
-    rows = by_hooks(model, prompts, position) if side == "tiller" else by_hidden_states(
-        model, prompts, position, careful=side == "careful"
-    )  # fmt: skip
-    facts = {
-        "seconds": time.perf_counter() - started,
-        "cpu_seconds": time.process_time() - cpu_started,
-        "tokens": sum(map(len, prompts)),
-        "loaded_mib": loaded,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "threads": torch.get_num_threads(),
-    }
-    torch.save(rows, rows_path)
-    return facts
+    if side == "tiller":
+        return lambda prompts: by_extract(partial(residuals.extract, model), prompts, position)
+    return lambda prompts: by_hidden_states(model, prompts, position, careful=side == "careful")
 
 
-def measured(side: str, position: str, n_prompts: int, rows_path: Path) -> dict[str, float]:
-    words = [sys.executable, __file__, "--side", side, "--positions", position, "--prompts", str(n_prompts)]
-    words += ["--rows_path", str(rows_path)]
-    output = subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(output.strip().split("\n")[-1])
+def run_side(side: str, position: str, n_prompts: int, rows_path: Path) -> None:
+    """A pass for each line on stdin, its figures as a line on stdout; the last pass' rows go to a file."""
+    import torch
+
+    from src.common.provenance import peak_memory_mib
+
+    prompts, read = rendered(n_prompts), reader(side, position)
+    read(prompts[:1])
+    loaded = peak_memory_mib()["process"]
+    print(json.dumps({"ready": True}), flush=True)
+    for _ in sys.stdin:
+        started, cpu_started = time.perf_counter(), time.process_time()
+        rows = read(prompts)
+        facts = {
+            "seconds": time.perf_counter() - started,
+            "cpu_seconds": time.process_time() - cpu_started,
+            "tokens": sum(map(len, prompts)),
+            "loaded_mib": loaded,
+            "peak_mib": peak_memory_mib()["process"],
+        }
+        torch.save(rows, rows_path)
+        print(json.dumps(facts), flush=True)
+
+
+class Side:
+    """A side's process, its model loaded."""
+
+    def __init__(self, side: str, position: str, n_prompts: int, rows_path: Path) -> None:
+        words = [sys.executable, __file__, "--side", side, "--positions", position, "--prompts", str(n_prompts)]
+        words += ["--rows_path", str(rows_path)]
+        self.rows_path = rows_path
+        self.passes: list[dict[str, float]] = []
+        self._process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._answer()
+
+    def run(self) -> None:
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        self.passes.append(self._answer())
+
+    def end(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+    def each(self, unit: str) -> list[float]:
+        """Tokens per second, or per CPU-second, of each pass."""
+        return [facts["tokens"] / facts[unit] for facts in self.passes]
+
+    def _answer(self) -> dict[str, float]:
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        sys.exit(f"a side ended with {self._process.wait()}")
 
 
 def processor() -> str:
@@ -131,46 +182,65 @@ def processor() -> str:
     return names[0].split(":")[1].strip() if names else platform.processor()
 
 
-def report(position: str, sides: dict[str, dict[str, float]], rows: dict) -> None:
-    """One markdown row a side, then how far the rows are apart, as a share of their norm, all layers but the last."""
-    ours = sides["tiller"]
-    for side, facts in sides.items():
-        wall, cpu = (facts["tokens"] / facts[unit] for unit in ("seconds", "cpu_seconds"))
-        by_wall, by_cpu = (facts[unit] / ours[unit] for unit in ("seconds", "cpu_seconds"))
-        difference = (rows[side] - rows["tiller"])[:, :-1].norm(dim=-1) / rows["tiller"][:, :-1].norm(dim=-1)
+def report(position: str, sides: dict[str, Side], rows: dict) -> None:
+    """One markdown row a side; ratios are of one round's passes. Rows differ by a share of their norm."""
+    for name, side in sides.items():
+        wall, cpu = (median(side.each(unit)) for unit in ("seconds", "cpu_seconds"))
+        shown = []
+        for other in ("plain", "careful", "tiller"):
+            ratios = [a / b for a, b in zip(side.each("cpu_seconds"), sides[other].each("cpu_seconds"), strict=True)]
+            shown.append(f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})")
+        last = side.passes[-1]
+        difference = (rows[name] - rows["tiller"])[:, :-1].norm(dim=-1) / rows["tiller"][:, :-1].norm(dim=-1)
         print(
-            f"| {position} | {side} | {wall:.0f} | {cpu:.0f} | {by_wall:.2f} | {by_cpu:.2f} | {facts['peak_mib']:.0f} "
-            f"| {facts['peak_mib'] - facts['loaded_mib']:.0f} | {difference.max():.0e} |",
+            f"| {position} | {name} | {wall:.0f} | {cpu:.0f} | {' | '.join(shown)} | {last['peak_mib']:.0f} "
+            f"| {last['peak_mib'] - last['loaded_mib']:.0f} | {difference.max():.0e} |",
             flush=True,
         )
+
+
+def measure(position: str, names: list[str], n_prompts: int, n_passes: int) -> None:
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        sides = {name: Side(name, position, n_prompts, Path(folder) / f"{i}.pt") for i, name in enumerate(names)}
+        for _ in range(n_passes):
+            for name, side in sides.items():
+                side.run()
+                rate = side.each("cpu_seconds")[-1]
+                print(f"{position}, {name}: {rate:.0f} tokens per CPU-second", file=sys.stderr, flush=True)
+        for side in sides.values():
+            side.end()
+        report(position, sides, {name: torch.load(side.rows_path, weights_only=True) for name, side in sides.items()})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=512)
+    parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--positions", nargs="+", choices=POSITIONS, default=POSITIONS)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--rows_path", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
-        print(json.dumps(run_side(arguments.side, arguments.positions[0], arguments.prompts, arguments.rows_path)))
+        run_side(arguments.side, arguments.positions[0], arguments.prompts, arguments.rows_path)
         return
     import torch
 
+    from src.models.engine import vllm_is_installed
+
+    names = [name for name in SIDES if name != ON_VLLM or vllm_is_installed()]
     print(
         f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {MODEL_ID}, float32, all layers"
     )
-    print(f"{arguments.prompts} prompts\n")
+    print(f"{arguments.prompts} prompts, {arguments.passes} passes\n")
     print(
-        "| position | side | tokens/s | tokens per CPU-second | tiller is faster by: clock | CPU time | peak MiB "
-        "| of it above the loaded model | rows differ from tiller's by |"
+        "| position | side | tokens/s | tokens per CPU-second | CPU time: times plain | times careful | times tiller "
+        "| peak MiB | of it above the loaded model | rows differ from tiller's by |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for position in arguments.positions:
-        with tempfile.TemporaryDirectory() as folder:
-            paths = {side: Path(folder) / f"{side}.pt" for side in SIDES}
-            sides = {side: measured(side, position, arguments.prompts, path) for side, path in paths.items()}
-            report(position, sides, {side: torch.load(path, weights_only=True) for side, path in paths.items()})
+        measure(position, names, arguments.prompts, arguments.passes)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ A render is made of the template's own pieces, the contents and the persona's na
 and the contents alone are exactly the stock render. Only the template's pieces can give special tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from src.common.errors import InputError
 from src.common.system_prompts import PLAIN, check_style, read_chat_template, system_prompt
+from src.models.chat_answers import answer_ids
 from src.models.chat_format_template import ChatTemplate, Layout, Message
 from src.models.chat_format_tokens import GuardedTokenizer, Segment
 
@@ -37,6 +38,10 @@ class RenderedPrompt:
     """The whole system text, the conversation's own included; None when there is none but the template's."""
     header: str
     """What the template writes after the last message: the last assistant header, with its own role word."""
+    segments: tuple[Segment, ...]
+    """The text in parts, each with whether it is the template's own."""
+    messages: tuple[Message, ...]
+    """The conversation as the template got it, the persona's system prompt included."""
 
 
 def with_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> PreTrainedTokenizerBase:
@@ -115,7 +120,18 @@ class PersonaRenderer:
             persona_applied="+".join(done) or "none",
             system_prompt=system,
             header=layout.pieces[-1],
+            segments=tuple(segments),
+            messages=tuple(messages),
         )
+
+    def answer_ids(self, prompt: RenderedPrompt, answer: str, eos_ids: Collection[int]) -> tuple[int, ...]:
+        """
+        The tokens with which a model gives `answer` to a prompt of this renderer, up to and with the one that ends it.
+
+        eos_ids: the tokens at which generation stops. Raises InputError where the template does not write the answer
+        right behind the prompt, ends it otherwise, or where both together have other tokens than the prompt alone.
+        """
+        return answer_ids(self._template, self._guard, prompt, answer, eos_ids)
 
     def stock(self, messages: Sequence[Message]) -> str:
         """What the template itself writes of `messages`, the generation prompt included."""

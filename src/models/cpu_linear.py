@@ -1,6 +1,6 @@
-"""Faster float32 matrix products on x86 CPUs during generation: oneDNN kernels on weights packed for them."""
+"""Faster float32 matrix products on x86 CPUs by oneDNN: in generation on packed weights, in training backwards too."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import psutil
@@ -29,11 +29,43 @@ def packed_linears(model: nn.Module) -> Iterator[int]:
     wanted = sum(m.weight.numel() * m.weight.element_size() for m in linears)
     if torch.is_grad_enabled() or wanted > MEMORY_SHARE * psutil.virtual_memory().available:
         linears = []
+    with _computing_by(linears, _PackedLinear):
+        yield len(linears)
+
+
+@contextmanager
+def onednn_linears(model: nn.Module) -> Iterator[int]:
+    """
+    The same without a packed copy of the weights, for thousands of tokens at once, where laying them out anew each time
+    costs nothing that can be measured.
+    """
+    linears = [m for m in model.modules() if _packable(m)]
+    if torch.is_grad_enabled() or not torch.backends.mkldnn.is_available():
+        linears = []
+    with _computing_by(linears, _OneDnnLinear):
+        yield len(linears)
+
+
+@contextmanager
+def frozen_linears(model: nn.Module) -> Iterator[int]:
+    """
+    The same for training: within the context `nn.Linear` modules whose weights take no gradient compute through oneDNN,
+    backwards too.
+    """
+    linears = [m for m in model.modules() if _packable(m) and not m.weight.requires_grad]
+    if not torch.backends.mkldnn.is_available():
+        linears = []
+    with _computing_by(linears, _FrozenLinear):
+        yield len(linears)
+
+
+@contextmanager
+def _computing_by(linears: list[nn.Linear], make: Callable[[nn.Linear], Callable[[Tensor], Tensor]]) -> Iterator[None]:
     # A forward set on the instance wins over the class's and is removed again by deleting it.
     for linear in linears:
-        linear.forward = _PackedLinear(linear)
+        linear.forward = make(linear)
     try:
-        yield len(linears)
+        yield
     finally:
         for linear in linears:
             del linear.forward
@@ -52,3 +84,33 @@ class _PackedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+class _OneDnnLinear:
+    def __init__(self, linear: nn.Linear) -> None:
+        self.linear = linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.linear.weight, self.linear.bias, "none", [], "")
+
+
+class _FrozenLinear:
+    def __init__(self, linear: nn.Linear) -> None:
+        self.linear = linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _FrozenProduct.apply(x, self.linear.weight, self.linear.bias)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """x·Wᵀ + b, whose W and b take no gradient."""
+
+    @staticmethod
+    def forward(context, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        context.weight = weight
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> tuple[Tensor, None, None]:
+        back = torch.ops.mkldnn._linear_pointwise(gradient.contiguous(), context.weight.t(), None, "none", [], "")
+        return back, None, None

@@ -76,6 +76,17 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
+def halved(n_rows: int, what: str, device: torch.device) -> int:
+    """
+    How many to try after memory ran out with `n_rows` at once, 2 or more. To be called outside the handler of the
+    error, whose traceback holds the batch's tensors.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    LOGGER.warning("Out of memory with %d %s at once; going on with %d", n_rows, what, n_rows // 2)
+    return n_rows // 2
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether `error` says that memory ran out: CUDA's and MPS' own type, or the CPU allocator's message."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error) or (

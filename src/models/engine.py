@@ -3,18 +3,36 @@
 import importlib.util
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, Self
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from src.common.engine_config import EngineConfigBase
+from src.common.engine_config import EngineSettings
 from src.common.errors import InputError
 from src.models.types import GenerationRequest, GenerationResult
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+    from torch import Tensor
+
+    from src.common.interventions import Entry
+    from src.common.resolved_interventions import ReadDirections, ResolvedSpec
+    from src.models.hooks import Location
+    from src.models.teacher_forcing import ForcedRow, OnProjected
 
 LOGGER = logging.getLogger(__name__)
 VLLM_ONLY = (
     *("gpu_memory_utilization", "kv_cache_gib", "tensor_parallel_size", "pipeline_parallel_size"),
     *("enforce_eager", "compiled", "engine_log"),
 )
-"""Settings of EngineConfigBase that transformers cannot follow."""
+"""Settings of EngineSettings that transformers cannot follow."""
+
+
+class Bounded(Protocol):
+    """Settings that may bound the context."""
+
+    max_model_len: int | None
 
 
 class Engine(Protocol):
@@ -25,6 +43,9 @@ class Engine(Protocol):
     """What provenance records: fingerprints, device, dtype, backend."""
     eos_ids: frozenset[int]
     context_length: int | None
+    n_layers: int
+    batches_at_once: int
+    """How many batches of rows to ask for at once: a scheduler that fills its batches from all wants several."""
 
     def generate(
         self,
@@ -36,6 +57,32 @@ class Engine(Protocol):
         top_k: int = ...,
     ) -> None: ...
 
+    def generate_projected(
+        self,
+        requests: Sequence[GenerationRequest],
+        place: "Location",
+        direction: "np.ndarray",
+        *,
+        on_result: "OnProjected",
+        on_tokens: Callable[[int], None],
+        batch_size: int,
+        top_k: int,
+    ) -> None: ...
+
+    def log_probabilities(self, rows: "Sequence[ForcedRow]") -> "list[Tensor]": ...
+
+    def kl_per_token(self, rows: "Sequence[ForcedRow]") -> "list[Tensor]": ...
+
+    def mean_projections(
+        self, rows: "Sequence[ForcedRow]", place: "Location", direction: "np.ndarray"
+    ) -> list[float]: ...
+
+    def resolve(
+        self, entries: "Sequence[Entry]", allow_model_mismatch: bool = ..., read: "ReadDirections" = ...
+    ) -> "ResolvedSpec": ...
+
+    def use_adapter(self, folder: "Path | None") -> None: ...
+
     def decode(self, token_ids: Sequence[int]) -> str: ...
 
     def close(self) -> None: ...
@@ -45,20 +92,20 @@ class Engine(Protocol):
     def __exit__(self, *error: Any) -> None: ...
 
 
-def choose_backend(config: EngineConfigBase, only_hf: str | None = None) -> tuple[str, str]:
+def choose_backend(config: EngineSettings, keeps: bool = False) -> tuple[str, str]:
     """
     "hf" or "vllm", and why. Neither engine is imported; torch is only asked for its devices.
 
-    only_hf: the flag or command, if there is one, that only transformers can serve. Raises InputError when vLLM is
-    asked for and not installed, or cannot do what is asked.
+    keeps: whether hidden states are to be kept or measured. Raises InputError when vLLM is asked for and not installed,
+    or cannot do what is asked.
     """
-    if only_hf and config.backend == "vllm":
-        raise InputError(f"--backend vllm: {only_hf} runs on transformers only; take --backend hf or auto")
+    if keeps and config.compiled and config.backend != "hf":
+        raise InputError("--compiled: a compiled model's hidden states are not kept or measured; leave it out")
     if config.backend == "vllm":
         require_vllm()
         return "vllm", "asked for"
-    name, reason = _chosen(config, vllm_is_installed(), only_hf)
-    stray = [f"--{flag}" for flag in VLLM_ONLY if getattr(config, flag) != getattr(EngineConfigBase, flag)]
+    name, reason = _chosen(config, vllm_is_installed())
+    stray = [f"--{flag}" for flag in VLLM_ONLY if getattr(config, flag) != getattr(EngineSettings, flag)]
     if name == "hf" and stray:
         raise InputError(f"{', '.join(stray)}: only vLLM has that, and transformers it is ({reason}); --backend vllm")
     return name, reason
@@ -78,11 +125,9 @@ def require_vllm() -> None:
         )
 
 
-def _chosen(config: EngineConfigBase, installed: bool, only_hf: str | None) -> tuple[str, str]:
+def _chosen(config: EngineSettings, installed: bool) -> tuple[str, str]:
     if config.backend == "hf":
         return "hf", "asked for"
-    if only_hf:
-        return "hf", f"{only_hf} runs on it only"
     if not installed:
         return "hf", "vLLM is not installed"
     if config.quantization != "none":
@@ -94,19 +139,31 @@ def _chosen(config: EngineConfigBase, installed: bool, only_hf: str | None) -> t
     return ("vllm", "installed, on CUDA") if device.type == "cuda" else ("hf", f"the device is {device.type}")
 
 
-def load_engine(config: EngineConfigBase, batch_size: int, only_hf: str | None = None) -> Engine:
+def load_engine(
+    config: EngineSettings, batch_size: int, *, keeps: bool = False, specs: "Sequence[ResolvedSpec]" = (),
+    adapters: "Sequence[Path]" = (),
+) -> Engine:  # fmt: skip
     """
-    The engine that a command's settings name, loaded; it says which and why. batch_size: rows decoded at once. only_hf:
-    as for `choose_backend`.
+    The engine that a command's settings name, loaded; it says which and why.
 
-    Raises what the engines raise.
+    batch_size: rows decoded at once. keeps: as for `choose_backend`. specs: interventions that are to come; vLLM then
+    compiles the model only for --compiled, and the interventions with it. adapters: folders that `use_adapter` will
+    name, beside none in `config`.
+    Raises what the engines raise, and InputError when hidden states cannot be reached in this model.
     """
-    backend, reason = choose_backend(config, only_hf)
+    backend, reason = choose_backend(config, keeps)
     LOGGER.info("Generating on %s (%s)", {"hf": "transformers", "vllm": "vLLM"}[backend], reason)
     if backend == "vllm":
         from src.models.vllm_engine import VLLMEngine
 
-        return VLLMEngine.load(config, batch_size=batch_size)
+        engine = VLLMEngine.load(config, batch_size=batch_size, adapters=adapters, **_steering(config, keeps, specs))
+        if (keeps or specs) and engine.no_steering:
+            engine.close()
+            raise InputError(
+                f"--backend vllm: it can neither steer nor measure hidden states here ({engine.no_steering}); "
+                f"take --backend hf"
+            )
+        return engine
     from src.models.language_model import LanguageModel
 
     model = LanguageModel.load(config)
@@ -114,18 +171,33 @@ def load_engine(config: EngineConfigBase, batch_size: int, only_hf: str | None =
     return model
 
 
-def refuse_unsupported(requests: Sequence[GenerationRequest], context_length: int | None, can_steer: bool) -> None:
+def _steering(config: EngineSettings, keeps: bool, specs: "Sequence[ResolvedSpec]") -> dict[str, Any]:
+    """What `VLLMEngine.load` is told besides."""
+    if not keeps and not specs:
+        return {}
+    if not config.compiled:
+        return {"enforce_eager": True}
+    from src.models.vllm_compiled import declare
+
+    return {"declared": declare(specs)}
+
+
+def refuse_unsupported(
+    requests: Sequence[GenerationRequest],
+    context_length: int | None,
+    *,
+    no_interventions: str | None = None,
+    no_captures: str | None = None,
+) -> None:
     """
-    Raises InputError for a request that asks for a capture, or for interventions of an engine that cannot steer, or
-    whose prompt alone fills the context.
+    Raises InputError for a request whose prompt alone fills the context, and for one that asks for interventions or a
+    capture where there is a reason why not.
     """
     for request in requests:
-        if request.spec and not can_steer:
-            raise InputError(
-                f"request {request.id!r} asks for interventions, which vLLM cannot do here; --backend hf can"
-            )
-        if request.capture is not None:
-            raise InputError(f"request {request.id!r} asks for a capture, which this engine cannot do")
+        if request.spec and no_interventions:
+            raise InputError(f"request {request.id!r} asks for interventions: {no_interventions}")
+        if request.capture is not None and no_captures:
+            raise InputError(f"request {request.id!r} asks for a capture: {no_captures}")
         if context_length and len(request.token_ids) >= context_length:
             raise InputError(
                 f"request {request.id!r}: its prompt has {len(request.token_ids)} tokens and the model's context "
@@ -133,7 +205,13 @@ def refuse_unsupported(requests: Sequence[GenerationRequest], context_length: in
             )
 
 
-def bounded_context(config: EngineConfigBase, context: int | None) -> int | None:
+def fitted(request: GenerationRequest, context_length: int | None) -> GenerationRequest:
+    """The request with as many tokens at most as the context has room for behind its prompt."""
+    room = (context_length or len(request.token_ids) + request.max_tokens) - len(request.token_ids)
+    return request if request.max_tokens <= room else replace(request, max_tokens=room)
+
+
+def bounded_context(config: Bounded, context: int | None) -> int | None:
     """The model's context, or the part of it that --max_model_len leaves. Raises InputError when it asks for more."""
     if config.max_model_len and context and config.max_model_len > context:
         raise InputError(f"--max_model_len {config.max_model_len}: the model's context is {context}")

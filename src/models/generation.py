@@ -7,7 +7,8 @@ batch at once, so nothing is computed, measured or counted after its end.
 
 import inspect
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +35,7 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)
     top_k_mass: list[float] = field(default_factory=list)
+    gates: tuple[tuple[float, ...], ...] = ()
 
     @property
     def token_limit(self) -> int:
@@ -128,11 +130,15 @@ class Batch:
         self.next_ids = tokens[:, None]
         self.positions = self.positions[:, -1:] + 1
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], dim=1)
+        self.keep(kept)
+
+    def keep(self, kept: list[int]) -> None:
+        """From the next step on the batch is of the rows `kept` alone, numbers of its present ones."""
         if len(kept) == len(self.rows):
             return
         self.rows = [self.rows[i] for i in kept]
         if kept:
-            index = torch.tensor(kept, device=tokens.device)
+            index = torch.tensor(kept, device=self.next_ids.device)
             self.next_ids, self.positions, self.mask = self.next_ids[index], self.positions[index], self.mask[index]
             self.temperatures = self.temperatures[index]
             keep_rows(self.cache, index)
@@ -164,20 +170,49 @@ def decode_batch(
     on_tokens: Callable[[int], None],
 ) -> None:
     """
-    Decode `requests` together, each under its own interventions; `on_row(row, finish_reason)` as each ends,
-    `on_tokens(n)` after every step. Without interventions no hook is set.
+    Decode `requests` together; `on_row(row, finish_reason)` as each ends, `on_tokens(n)` after every step.
 
-    Raises InputError when the logits hold NaN, for a model that takes no past_key_values, and what `steered` raises.
+    Raises what `decode_steps` raises.
     """
-    specs, lengths = [r.spec for r in requests], [len(r.token_ids) for r in requests]
+    # Closed on every way out: a step left hanging would leave its interventions on the model.
+    with closing(decode_steps(model, requests, eos_ids=eos_ids, pad_id=pad_id, k=k)) as steps:
+        for rows, ended in steps:
+            on_tokens(len(rows) - sum(reason == "stop" for _, reason in ended))
+            for row, reason in ended:
+                on_row(row, reason)
+
+
+def decode_steps(
+    model: nn.Module,
+    requests: Sequence[GenerationRequest],
+    *,
+    eos_ids: frozenset[int],
+    pad_id: int,
+    k: int,
+    is_wanted: Callable[[str], bool] = lambda request_id: True,
+) -> Iterator[tuple[list[Row], list[tuple[Row, str]]]]:
+    """
+    Decode `requests` together, each under its own interventions, a token a step; yields after each step the rows that
+    took part in it, and those that ended with it, each with its finish reason. Without interventions no hook is set.
+
+    is_wanted: asked by request id after each step; a row that is not leaves the batch without having ended. The
+    interventions stay on the model until the iterator ends or is closed. Raises InputError when the logits hold
+    NaN, for a model that takes no past_key_values, and what `steered` raises.
+    """
+    specs, lengths = [r.spec for r in requests], [r.boundary for r in requests]
     batch = Batch(model, requests, pad_id, k)
     with steered(model, specs, lengths) as steering:
         while batch.rows:
             before = batch.rows
             ended = batch.step(eos_ids)
-            on_tokens(len(before) - sum(reason == "stop" for _, reason in ended))
             if ended:
                 gone = {id(row) for row, _ in ended}
+                for i, row in enumerate(before):
+                    if id(row) in gone:
+                        row.gates = steering.gates(i)
                 steering.keep([i for i, row in enumerate(before) if id(row) not in gone])
-            for row, reason in ended:
-                on_row(row, reason)
+            yield before, ended
+            wanted = [i for i, row in enumerate(batch.rows) if is_wanted(row.request.id)]
+            if len(wanted) < len(batch.rows):
+                batch.keep(wanted)
+                steering.keep(wanted)

@@ -112,6 +112,23 @@ def remote_files(repo_id: str, revision: str | None, flag: str = "--model_id") -
     return RemoteFiles(str(info.sha), {name: sizes[name] for name in wanted}, licence)
 
 
+class DatasetFacts(NamedTuple):
+    """What the hub says of a dataset."""
+
+    commit: str
+    """That a revision means now."""
+    licence: str | None
+
+
+def dataset_facts(name: str, revision: str | None, flag: str) -> DatasetFacts:
+    """The commit and the licence of a dataset of the hub. Raises InputError as `download`."""
+    from huggingface_hub import HfApi
+
+    with explaining(name, revision, flag, kind="dataset"):
+        info = HfApi().dataset_info(name, revision=revision)
+    return DatasetFacts(str(info.sha), info.card_data.get("license") if info.card_data else None)
+
+
 def download(repo_id: str, revision: str | None, flag: str = "--model_id", local_dir: Path | None = None) -> Path:
     """
     Fetch what a load needs of a hub repository into the cache, or into `local_dir`; returns the folder.
@@ -129,8 +146,8 @@ def download(repo_id: str, revision: str | None, flag: str = "--model_id", local
 
 
 @contextmanager
-def explaining(repo_id: str, revision: str | None, flag: str) -> Iterator[None]:
-    """Turn the hub client's exceptions into InputErrors that say what to do."""
+def explaining(repo_id: str, revision: str | None, flag: str, kind: str = "model") -> Iterator[None]:
+    """Turn the hub client's exceptions into InputErrors that say what to do. kind: model or dataset."""
     # The HTTP client's base error, under the name by which the hub's client knows it: the client itself changes.
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -139,10 +156,10 @@ def explaining(repo_id: str, revision: str | None, flag: str) -> Iterator[None]:
     except HFValidationError:
         raise InputError(f"{flag} {repo_id}: not a hub id; expected owner/name") from None
     except (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise _explained(error, repo_id, revision, flag) from error
+        raise _explained(error, repo_id, revision, flag, kind) from error
 
 
-def _explained(error: Exception, repo_id: str, revision: str | None, flag: str) -> InputError:
+def _explained(error: Exception, repo_id: str, revision: str | None, flag: str, kind: str) -> InputError:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     name = f"{flag} {repo_id}"
@@ -150,15 +167,19 @@ def _explained(error: Exception, repo_id: str, revision: str | None, flag: str) 
     cause = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
     if isinstance(cause, GatedRepoError):
         return InputError(
-            f"{name}: this model is gated. Ask for access on its page on the hub, "
+            f"{name}: this {kind} is gated. Ask for access on its page on the hub, "
             f"then set HF_TOKEN to a token of that account"
         )
     if isinstance(cause, RevisionNotFoundError):
-        return InputError(f"{name}: it has no revision {revision!r}; leave --revision out for the newest")
+        flag = "--revision" if kind == "model" else "the revision"
+        return InputError(f"{name}: it has no revision {revision!r}; leave {flag} out for the newest")
     if isinstance(cause, RepositoryNotFoundError):
-        return InputError(f"{name}: no such folder here and no such model on the hub (or it is private: set HF_TOKEN)")
+        return InputError(f"{name}: no such folder here and no such {kind} on the hub (or it is private: set HF_TOKEN)")
+    unanswered = f"the hub does not answer as it should ({type(cause).__name__})"
+    if kind == "dataset":
+        return InputError(f"{name}: {unanswered}. Try again where there is internet, or give a local file")
     return InputError(
-        f"{name}: not in the local cache, and the hub does not answer as it should ({type(cause).__name__}). "
+        f"{name}: not in the local cache, and {unanswered}. "
         f"Where there is internet, `uv run -m src.download_model --model_id {repo_id} --output_dir FOLDER` fetches a "
         f"folder to pass instead; or try bundled:smollm2-135m"
     )

@@ -1,28 +1,30 @@
 """One wrapper around a causal language model on transformers: loading, generating with uncertainty, decoding."""
 
-import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Self
+from pathlib import Path
+from typing import Any, Self
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from src.common.directions_file import read_directions
 from src.common.errors import InputError
 from src.common.interventions import Entry
-from src.common.model_config import ModelConfigBase
-from src.common.resolved_interventions import ResolvedSpec, resolve
-from src.models import loading
+from src.common.model_config import ModelSettings
+from src.common.resolved_interventions import ReadDirections, ResolvedSpec, resolve
+from src.models import loading, teacher_forcing
+from src.models.adapter_switching import AdapterSwitch
 from src.models.architectures import decoder_layers
 from src.models.cpu_linear import packed_linears
-from src.models.devices import FREE_MEMORY_SHARE, free_memory, is_out_of_memory
-from src.models.engine import Engine, refuse_unsupported
+from src.models.devices import FREE_MEMORY_SHARE, free_memory, halved, is_out_of_memory
+from src.models.engine import Engine, fitted, refuse_unsupported
 from src.models.generation import Row, decode_batch, needs_equal_lengths
+from src.models.hooks import Location
+from src.models.log_probabilities import log_probabilities
+from src.models.teacher_forcing import ForcedRow
 from src.models.types import GenerationRequest, GenerationResult
-
-LOGGER = logging.getLogger(__name__)
-
 
 STATE_IN_MODULES = ("recurrent_gemma", "rwkv", "xlstm", "minimax")
 """Model types whose rows cannot leave a batch: what they remember is not in transformers' common cache."""
@@ -30,6 +32,8 @@ STATE_IN_MODULES = ("recurrent_gemma", "rwkv", "xlstm", "minimax")
 
 class LanguageModel:
     """A model with its tokenizer. The engine on transformers: `generate` takes and gives what every engine does."""
+
+    batches_at_once = 1
 
     def __init__(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, facts: dict[str, str | None] | None = None
@@ -43,15 +47,26 @@ class LanguageModel:
         if model.config.model_type in STATE_IN_MODULES:
             raise InputError(f"{model.config.model_type} models keep their state outside the cache: not supported here")
         self._equal_lengths = needs_equal_lengths(model)
+        self._switch = AdapterSwitch(model)
 
     @classmethod
-    def load(cls, config: ModelConfigBase) -> "LanguageModel":
+    def load(cls, config: ModelSettings) -> "LanguageModel":
         """
         Load what a command's model settings name, weights, tokenizer and adapter.
 
         Raises InputError for a model or adapter that cannot be found, reached, read or run here.
         """
         return cls(*loading.load(config))
+
+    @property
+    def n_layers(self) -> int:
+        """Decoder layers."""
+        return len(decoder_layers(self.model))
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills up shorter rows; masked wherever it stands."""
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
 
     @property
     def device(self) -> torch.device:
@@ -77,21 +92,50 @@ class LanguageModel:
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
         if not 1 <= top_k <= vocabulary:
             raise InputError(f"top-k mass of {top_k} tokens: expected 1 to the vocabulary's {vocabulary}")
-        refuse_unsupported(requests, self.context_length, can_steer=True)
-        queue = [self._fitted(request) for request in sorted(requests, key=lambda r: -len(r.token_ids))]
+        refuse_unsupported(requests, self.context_length, no_captures="transformers cannot; --backend vllm can")
+        queue = [fitted(r, self.context_length) for r in sorted(requests, key=lambda r: -len(r.token_ids))]
         with torch.inference_mode(), packed_linears(self.model):
-            pass_on = lambda row, reason: on_result(self._result(row, reason))  # noqa: E731
+            pass_on = lambda row, reason: on_result(self.result(row, reason))  # noqa: E731
             self._drain(queue, batch_size, top_k, pass_on, on_tokens)
 
-    def resolve(self, entries: Sequence[Entry], allow_model_mismatch: bool = False) -> ResolvedSpec:
+    def kl_per_token(self, rows: Sequence[ForcedRow]) -> list[Tensor]:
+        """See `teacher_forcing.kl_per_token`."""
+        return teacher_forcing.kl_per_token(self, rows)
+
+    def mean_projections(self, rows: Sequence[ForcedRow], place: Location, direction: np.ndarray) -> list[float]:
+        """See `teacher_forcing.mean_projections`."""
+        return teacher_forcing.mean_projections(self, rows, place, direction)
+
+    def generate_projected(
+        self, requests: Sequence[GenerationRequest], place: Location, direction: np.ndarray, **settings: Any
+    ) -> None:
+        """See `teacher_forcing.generate_projected`."""
+        teacher_forcing.generate_projected(self, requests, place, direction, **settings)
+
+    def log_probabilities(self, rows: Sequence[ForcedRow]) -> list[Tensor]:
+        """See `log_probabilities`."""
+        return log_probabilities(self, rows)
+
+    def use_adapter(self, folder: Path | None) -> None:
+        """
+        From now on the plain LoRA adapter in `folder` acts, None for none. For models loaded without an adapter. Raises
+        InputError when it does not fit the model.
+        """
+        self._switch.use(folder)
+        self.facts = self.facts | {"adapter_fingerprint": loading.adapter_fingerprint(folder) if folder else None}
+
+    def resolve(
+        self, entries: Sequence[Entry], allow_model_mismatch: bool = False, read: ReadDirections = read_directions
+    ) -> ResolvedSpec:
         """The entries of an interventions spec made concrete for this model. Raises InputError as `resolve` there."""
         return resolve(
             entries,
-            n_layers=len(decoder_layers(self.model)),
+            n_layers=self.n_layers,
             d_model=self.model.config.get_text_config(decoder=True).hidden_size,
             model_fingerprint=self.facts.get("model_fingerprint"),
             adapter_fingerprint=self.facts.get("adapter_fingerprint"),
             allow_model_mismatch=allow_model_mismatch,
+            read=read,
         )
 
     def close(self) -> None:
@@ -107,10 +151,6 @@ class LanguageModel:
         """The text of generated tokens, special tokens left out."""
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def _fitted(self, request: GenerationRequest) -> GenerationRequest:
-        room = (self.context_length or len(request.token_ids) + request.max_tokens) - len(request.token_ids)
-        return request if request.max_tokens <= room else replace(request, max_tokens=room)
-
     def _drain(
         self,
         queue: list[GenerationRequest],
@@ -119,7 +159,6 @@ class LanguageModel:
         on_row: Callable[[Row, str], None],
         on_tokens: Callable[[int], None],
     ) -> None:
-        pad_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         while queue:
             batch = self._next_batch(queue, batch_size)
             done: set[str] = set()
@@ -131,7 +170,13 @@ class LanguageModel:
             failed = False
             try:
                 decode_batch(
-                    self.model, batch, eos_ids=self.eos_ids, pad_id=pad_id, k=top_k, on_row=finish, on_tokens=on_tokens
+                    self.model,
+                    batch,
+                    eos_ids=self.eos_ids,
+                    pad_id=self.pad_id,
+                    k=top_k,
+                    on_row=finish,
+                    on_tokens=on_tokens,
                 )
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -143,15 +188,10 @@ class LanguageModel:
             queue = [r for r in batch if r.id not in done] + queue[len(batch) :]
 
     def _next_batch(self, queue: list[GenerationRequest], batch_size: int) -> list[GenerationRequest]:
-        batch = queue[: min(batch_size, self._rows_that_fit(queue))]
+        batch = queue[: min(batch_size, rows_that_fit(self, queue))]
         if self._equal_lengths:
             batch = [r for r in batch if len(r.token_ids) == len(batch[0].token_ids)]
         return batch
-
-    def _rows_that_fit(self, queue: list[GenerationRequest]) -> int:
-        longest = len(queue[0].token_ids) + max(r.max_tokens for r in queue)
-        row_bytes = loading.cache_bytes_per_token(self.model.config, self.model.dtype) * longest
-        return max(1, int(FREE_MEMORY_SHARE * free_memory(self.device) // max(1, row_bytes)))
 
     def _halved(self, batch: list[GenerationRequest]) -> int:
         if len(batch) == 1:
@@ -159,12 +199,10 @@ class LanguageModel:
                 f"out of memory with a single row of {len(batch[0].token_ids)} prompt tokens and up to "
                 f"{batch[0].max_tokens} more; lower --max_tokens or take a smaller model, dtype or another device"
             )
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        LOGGER.warning("Out of memory with %d rows at once; going on with %d", len(batch), len(batch) // 2)
-        return len(batch) // 2
+        return halved(len(batch), "rows", self.device)
 
-    def _result(self, row: Row, finish_reason: str) -> GenerationResult:
+    def result(self, row: Row, finish_reason: str) -> GenerationResult:
+        """What a row has given, with its text."""
         return GenerationResult(
             id=row.request.id,
             token_ids=tuple(row.tokens),
@@ -172,7 +210,15 @@ class LanguageModel:
             entropy=tuple(row.entropy),
             top_k_mass=tuple(row.top_k_mass),
             finish_reason=finish_reason,
+            gates=row.gates,
         )
+
+
+def rows_that_fit(model: LanguageModel, requests: Sequence[GenerationRequest]) -> int:
+    """How many rows as long as the longest of the requests there is memory for, at least 1."""
+    longest = max(len(r.token_ids) for r in requests) + max(r.max_tokens for r in requests)
+    row_bytes = loading.cache_bytes_per_token(model.model.config, model.model.dtype) * longest
+    return max(1, int(FREE_MEMORY_SHARE * free_memory(model.device) // max(1, row_bytes)))
 
 
 def generate_all(engine: Engine, requests: Sequence[GenerationRequest], **settings: int) -> list[GenerationResult]:

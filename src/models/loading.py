@@ -25,7 +25,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from src.common.errors import InputError
-from src.common.model_config import ModelConfigBase
+from src.common.model_config import ModelSettings
 from src.models.devices import free_memory, resolve_device, resolve_dtype
 from src.models.fingerprint import fingerprint
 from src.models.hub import adapter_folder, model_folder, split_reference
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger(__name__)
 WITHOUT_EFFECT = ("base_model_name_or_path", "inference_mode", "peft_version", "revision", "auto_mapping")
 """Keys of adapter_config.json that change no number."""
+BASE_FILE = "base_model.json"
+"""In an adapter's folder: the model that it was trained on, with its fingerprint."""
 FORMAT_FILES = ("config.json", "generation_config.json", "token*", "vocab*", "merges.txt", "*.jinja", "chat_template*")
 
 
@@ -56,7 +58,7 @@ class ModelFiles:
         return str(self.dtype).removeprefix("torch.")
 
 
-def resolve(config: ModelConfigBase) -> ModelFiles:
+def resolve(config: ModelSettings) -> ModelFiles:
     """
     Find, and where they come from a hub download, the files of a model and its adapter.
 
@@ -75,10 +77,12 @@ def resolve(config: ModelConfigBase) -> ModelFiles:
         "dtype": str(dtype).removeprefix("torch."),
         "backend": "hf",
     }
+    if adapter:
+        _refuse_other_base(adapter, config.model_id, facts["model_fingerprint"])
     return ModelFiles(folder=folder, adapter=adapter, device=device, dtype=dtype, facts=facts)
 
 
-def load(config: ModelConfigBase) -> tuple[nn.Module, PreTrainedTokenizerBase, dict[str, str | None]]:
+def load(config: ModelSettings) -> tuple[nn.Module, PreTrainedTokenizerBase, dict[str, str | None]]:
     """The model in evaluation mode, its tokenizer, and the facts that provenance records."""
     files = resolve(config)
     tokenizer = load_tokenizer(files.folder, config.trust_remote_code)
@@ -88,15 +92,32 @@ def load(config: ModelConfigBase) -> tuple[nn.Module, PreTrainedTokenizerBase, d
     return model, tokenizer, files.facts
 
 
+def _refuse_other_base(adapter: Path, model_id: str, fingerprint_of_model: str) -> None:
+    """Raises InputError for an adapter that says it was trained on other weights."""
+    path = adapter / BASE_FILE
+    if not path.exists():
+        return
+    known = _read_json(path)
+    if known.get("model_fingerprint") != fingerprint_of_model:
+        raise InputError(
+            f"--adapter_path {adapter}: it was trained on {known.get('model_id')} (fingerprint "
+            f"{str(known.get('model_fingerprint'))[:12]}), and --model_id {model_id} has other weights "
+            f"({fingerprint_of_model[:12]}); take that model, or remove {path} to use it on this one all the same"
+        )
+
+
 def adapter_fingerprint(folder: Path) -> str:
     """sha256 (hex) of an adapter's weights and of what its settings make of them, its rank, alpha and modules."""
-    path = folder / "adapter_config.json"
-    try:
-        settings = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON: {_first_line(error)}") from error
+    settings = _read_json(folder / "adapter_config.json")
     acting = {key: value for key, value in settings.items() if key not in WITHOUT_EFFECT}
     return hashlib.sha256(json.dumps([fingerprint(folder), acting], sort_keys=True).encode()).hexdigest()
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {_first_line(error)}") from error
 
 
 def format_fingerprint(folder: Path) -> str:
@@ -130,7 +151,7 @@ def auto_class_of(config: PreTrainedConfig) -> type:
     return AutoModelForCausalLM if causal else AutoModelForImageTextToText
 
 
-def load_weights(folder: Path, config: ModelConfigBase, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def load_weights(folder: Path, config: ModelSettings, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The model of a folder, without an adapter. Raises InputError when weights are missing or cannot be read."""
     model_config = load_config(folder, config.trust_remote_code)
     auto_class = auto_class_of(model_config)
@@ -149,19 +170,19 @@ def load_weights(folder: Path, config: ModelConfigBase, device: torch.device, dt
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"--model_id {config.model_id}: {_first_line(error)}") from error
-    _refuse_missing_weights(config.model_id, model, report)
+    expected = "it is damaged or no causal language model"
+    refuse_missing_weights(f"--model_id {config.model_id}", model, report, expected)
     model.requires_grad_(False)
     return model if hasattr(model, "hf_device_map") else model.to(device)
 
 
-def _refuse_missing_weights(model_id: str, model: nn.Module, report: dict[str, Collection]) -> None:
-    # transformers fills them with random numbers and warns.
+def refuse_missing_weights(place: str, model: nn.Module, report: dict[str, Collection], expected: str) -> None:
+    """Raises InputError where weights were missing or of another shape: transformers draws them, and only warns."""
     missing, mismatched = sorted(report["missing_keys"]), sorted(map(str, report["mismatched_keys"]))
     if missing or mismatched:
         raise InputError(
-            f"--model_id {model_id}: {len(missing)} weights of {type(model).__name__} are missing and "
-            f"{len(mismatched)} have another shape, {(missing + mismatched)[0]} for one; "
-            f"it is damaged or no causal language model"
+            f"{place}: {len(missing)} weights of {type(model).__name__} are missing and {len(mismatched)} have another "
+            f"shape, {(missing + mismatched)[0]} for one; {expected}"
         )
 
 
@@ -201,15 +222,17 @@ def with_adapter(model: nn.Module, folder: Path) -> "PeftModel":
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        # PEFT would look a bundled model up on the hub, to see whether words were added to its vocabulary.
+        warnings.filterwarnings("ignore", message="Could not find a config file")
         try:
             wrapped = PeftModel.from_pretrained(model, folder)
         except (ValueError, RuntimeError) as error:
             raise InputError(f"--adapter_path {folder}: {_first_line(error)}") from error
+        present = set(get_peft_model_state_dict(wrapped))
     stored: set[str] = set()
     for file in folder.glob("adapter_model*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             stored |= set(tensors.keys())
-    present = set(get_peft_model_state_dict(wrapped))
     if stored != present:
         odd = sorted(stored ^ present)
         raise InputError(

@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -47,16 +46,18 @@ class ResidualStore:
             extract(model, store.missing(sequences), …, on_rows=store.add)
             store.finish()
 
-    Rows not yet in a shard when the process is killed are lost and made again; memory holds one shard at most.
+    Rows not yet in a shard when the process is killed are lost and made again; memory holds one shard at most. The
+    folder is made with the first shard.
     settings: JSON values that say what the rows are, model fingerprint, hook point and whatever else they depend on.
     Raises InputError for a folder with rows of other settings and for a shard that cannot be read.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], *, bytes_per_shard: int = BYTES_PER_SHARD) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.bytes_per_shard = bytes_per_shard
-        _same_settings(folder / SETTINGS_NAME, settings)
+        # Through JSON, so that a tuple equals the list that it is read back as.
+        self._settings = json.loads(json.dumps(settings, allow_nan=False))
+        _refuse_other_settings(folder / SETTINGS_NAME, self._settings)
         self._digests: dict[str, str] = {}
         for path in _shard_paths(folder):
             digests = json.loads(_metadata(path)["digests"])
@@ -114,6 +115,9 @@ class ResidualStore:
         """Write what has been added since the last shard as a shard of its own."""
         if not self._counts:
             return
+        if not (self.folder / SETTINGS_NAME).exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json_atomic(self.folder / SETTINGS_NAME, self._settings)
         # From here on the manifest that an earlier run left would be of fewer shards than there are.
         (self.folder / MANIFEST_NAME).unlink(missing_ok=True)
         digests = {i: self._asked[i] for i in self._counts}
@@ -134,16 +138,13 @@ class ResidualStore:
         entries = [_entry(path) for path in _shard_paths(self.folder)]
         if not entries:
             raise InputError(f"{self.folder}: no sequence was given, so there are no hidden states to keep")
-        settings = json.loads((self.folder / SETTINGS_NAME).read_text(encoding="utf-8"))
-        write_json_atomic(self.folder / MANIFEST_NAME, {"settings": settings, "shards": entries})
+        write_json_atomic(self.folder / MANIFEST_NAME, {"settings": self._settings, "shards": entries})
         return self.folder / MANIFEST_NAME
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         # Also when the block raised, on SIGTERM for instance: what has been added is whole.
         self.flush()
 
@@ -218,11 +219,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _same_settings(path: Path, settings: dict[str, Any]) -> None:
-    # Through JSON, so that a tuple equals the list that it is read back as.
-    given = json.loads(json.dumps(settings, allow_nan=False))
+def _refuse_other_settings(path: Path, given: dict[str, Any]) -> None:
     if not path.exists():
-        write_json_atomic(path, given)
         return
     stored = json.loads(path.read_text(encoding="utf-8"))
     differing = [key for key in sorted({*stored, *given}) if stored.get(key) != given.get(key)]

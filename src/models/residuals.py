@@ -7,30 +7,26 @@ from those before it alone.
 """
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from src.common.directions_file import HOOK_POINTS
 from src.common.errors import InputError
 from src.models.architectures import decoder_layers
-from src.models.devices import is_out_of_memory
+from src.models.cpu_linear import onednn_linears
+from src.models.devices import halved, is_out_of_memory
 from src.models.generation import needs_equal_lengths
 from src.models.hooks import reading
 from src.models.language_model import LanguageModel
 from src.models.loading import context_length
+from src.models.residual_checks import Bounds, OnRows, checked, refuse_not_finite, wanted_places
 from src.models.token_sequences import TokenPosition, TokenSequence, in_windows, next_batch, right_padded
-
-LOGGER = logging.getLogger(__name__)
 
 TOKENS_PER_BATCH = 2048
 """Padded tokens run at once: enough to keep two CPU cores or a small GPU busy, little memory beside the weights."""
 BATCHES_HELD = 64
 """Sequences of about so many batches are held at a time, and sorted by length among themselves."""
-
-OnRows = Callable[[tuple[str, ...], Tensor], None]
 
 
 def extract(
@@ -65,15 +61,16 @@ def extract(
     outside the vocabulary, more tokens than the context, hidden states that are not finite, memory that does not
     suffice for one sequence, and a model in training mode. A list is checked whole before any of it is run.
     """
+    limit = model.context_length if isinstance(model, LanguageModel) else context_length(model.config)
     model = model.model if isinstance(model, LanguageModel) else model
     reader = _Reader(model, layers, hook_point, TokenPosition(position))
     if tokens_per_batch < 1:
         raise InputError(f"{tokens_per_batch} tokens a batch; expected at least 1")
-    checked = _checked(model, sequences, reader.n_run)
-    if isinstance(sequences, Sequence):
-        checked = iter(list(checked))
+    stated = f"the model's context {limit}; cut it or take a model with a longer context"
+    bounds = Bounds(limit, stated, model.get_input_embeddings().weight.shape[0])
+    found = checked(sequences, reader.n_run, bounds)
     equal_lengths = needs_equal_lengths(model)
-    for queue in in_windows(checked, BATCHES_HELD * tokens_per_batch):
+    for queue in in_windows(found, BATCHES_HELD * tokens_per_batch):
         queue.sort(key=reader.n_run, reverse=True)
         while queue:
             batch = next_batch(queue, reader.n_run, tokens_per_batch=tokens_per_batch, equal_lengths=equal_lengths)
@@ -82,8 +79,9 @@ def extract(
                 tokens_per_batch = _smaller_budget(batch, reader)
                 continue
             del queue[: len(batch)]
-            reader.refuse_not_finite(batch, rows)
-            _deliver(batch, rows, reader.row_counts(batch), on_rows, one_by_one=reader.position.is_all)
+            counts = reader.row_counts(batch)
+            refuse_not_finite([s.id for s in batch], rows, counts, reader.places, model.dtype)
+            _deliver(batch, rows, counts, on_rows, one_by_one=reader.position.is_all)
             on_tokens(sum(map(reader.n_run, batch)))
 
 
@@ -91,18 +89,10 @@ class _Reader:
     """Runs batches and reads them: some layers at one hook point and one token position."""
 
     def __init__(self, model: nn.Module, layers: Sequence[int], hook_point: str, position: TokenPosition) -> None:
-        n_layers = len(decoder_layers(model))
-        absent = [layer for layer in layers if not 0 <= layer < n_layers]
-        if absent or not layers or len(set(layers)) < len(layers):
-            what = f"layer {absent[0]}" if absent else f"layers {list(layers)}"
-            raise InputError(f"{what}: expected each once, and of the model's layers 0 to {n_layers - 1}")
-        if hook_point not in HOOK_POINTS:
-            raise InputError(f"hook point {hook_point!r}: expected one of {', '.join(HOOK_POINTS)}")
+        self.places = wanted_places(layers, hook_point, len(decoder_layers(model)))
         if model.training:
             raise InputError("the model is in training mode, where dropout changes its numbers; call model.eval()")
         self.model = model
-        self.layers = tuple(layers)
-        self.hook_point = hook_point
         self.position = position
         self.n_run = position.n_run
         self.device = model.get_input_embeddings().weight.device
@@ -118,7 +108,7 @@ class _Reader:
         reduce = _reduction([self.position.span(s) for s in batch], self.position, ids)
         # Every token of every layer would fill the device: there these leave it layer by layer.
         home = torch.device("cpu") if self.position.is_all else self.device
-        shape = (sum(self.row_counts(batch)), len(self.layers), self.d_model)
+        shape = (sum(self.row_counts(batch)), len(self.places), self.d_model)
         # NaN where nothing is written: should a layer be missed, that is refused as not finite.
         rows = torch.full(shape, torch.nan, dtype=torch.float32, device=home)
 
@@ -130,28 +120,17 @@ class _Reader:
 
             return keep
 
-        callbacks = {(layer, self.hook_point): into(column) for column, layer in enumerate(self.layers)}
+        callbacks = {place: into(column) for column, place in enumerate(self.places)}
         blocks = decoder_layers(self.model)
+        deepest = max(self.places)
         with (
             torch.inference_mode(),
-            _onednn_linears(blocks),
+            onednn_linears(blocks),
             reading(self.model, callbacks),
-            _stop_at(blocks[max(self.layers)], self.hook_point),
+            _stop_at(blocks[deepest.layer], deepest.hook_point),
         ):
             self.model(input_ids=ids, attention_mask=mask, use_cache=False)
         return rows.cpu()
-
-    def refuse_not_finite(self, batch: Sequence[TokenSequence], rows: Tensor) -> None:
-        """Raises InputError that names the first sequence and layer with NaN or infinity."""
-        finite = rows.isfinite().all(dim=2)
-        if finite.all():
-            return
-        row, column = (~finite).nonzero()[0].tolist()
-        owners = [s.id for s, count in zip(batch, self.row_counts(batch), strict=True) for _ in range(count)]
-        raise InputError(
-            f"sequence {owners[row]!r}: its hidden states at layer {self.layers[column]} ({self.hook_point}) are not "
-            f"finite (dtype {self.model.dtype}); try --dtype float32, and check the weights"
-        )
 
 
 def _reduction(spans: Sequence[tuple[int, int]], position: TokenPosition, ids: Tensor) -> Callable[[Tensor], Tensor]:
@@ -171,29 +150,6 @@ def _reduction(spans: Sequence[tuple[int, int]], position: TokenPosition, ids: T
         return total / (ends - starts)[:, None]
 
     return mean
-
-
-def _checked(
-    model: nn.Module, sequences: Iterable[TokenSequence], n_run: Callable[[TokenSequence], int]
-) -> Iterator[TokenSequence]:
-    limit, vocabulary = context_length(model.config), model.get_input_embeddings().weight.shape[0]
-    seen: set[str] = set()
-    for sequence in sequences:
-        if sequence.id in seen:
-            raise InputError(f"sequence {sequence.id!r} is there twice; expected each id once")
-        seen.add(sequence.id)
-        if limit and n_run(sequence) > limit:
-            raise InputError(
-                f"sequence {sequence.id!r} has {n_run(sequence)} tokens to run and the model's context {limit}; "
-                f"cut it or take a model with a longer context"
-            )
-        low, high = min(sequence.token_ids), max(sequence.token_ids)
-        if low < 0 or high >= vocabulary:
-            raise InputError(
-                f"sequence {sequence.id!r} has the token id {low if low < 0 else high}; expected 0 to "
-                f"{vocabulary - 1}: take the model's own tokenizer"
-            )
-        yield sequence
 
 
 class _Stop(Exception):
@@ -216,36 +172,6 @@ def _stop_at(layer: nn.Module, hook_point: str) -> Iterator[None]:
         handle.remove()
 
 
-@contextlib.contextmanager
-def _onednn_linears(layers: nn.ModuleList) -> Iterator[None]:
-    """
-    Within the context, float32 `nn.Linear` modules on the CPU compute through oneDNN where PyTorch would take MKL,
-    which is slow on AMD processors.
-
-    Unlike `packed_linears`, which is for steps of few tokens, there is no packed copy of the weights: for thousands of
-    tokens at once, laying them out anew each time costs nothing that can be measured.
-    """
-    linears = [m for m in layers.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
-    linears = [m for m in linears if m.weight.device.type == "cpu" and m.weight.dtype == torch.float32]
-    if not torch.backends.mkldnn.is_available():
-        linears = []
-    for linear in linears:
-        linear.forward = _OneDnnLinear(linear)
-    try:
-        yield
-    finally:
-        for linear in linears:
-            del linear.forward
-
-
-class _OneDnnLinear:
-    def __init__(self, linear: nn.Linear) -> None:
-        self.linear = linear
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.linear.weight, self.linear.bias, "none", [], "")
-
-
 def _unless_out_of_memory(run: Callable[[list[TokenSequence]], Tensor], batch: list[TokenSequence]) -> Tensor | None:
     """None when memory ran out; outside the handler, so that no traceback holds the batch's tensors any more."""
     try:
@@ -263,10 +189,7 @@ def _smaller_budget(batch: list[TokenSequence], reader: _Reader) -> int:
             f"out of memory with sequence {batch[0].id!r} alone, of {longest} tokens; cut it, ask for fewer layers, or "
             f"take a smaller model, dtype or another device"
         )
-    if reader.device.type == "cuda":
-        torch.cuda.empty_cache()
-    LOGGER.warning("Out of memory with %d sequences at once; going on with %d", len(batch), len(batch) // 2)
-    return longest * (len(batch) // 2)
+    return longest * halved(len(batch), "sequences", reader.device)
 
 
 def _deliver(

@@ -40,15 +40,17 @@ class SinglePromptRenderer:
 
     def rendered(self, text: str) -> RenderedText:
         if text not in self._known:
-            self._known[text] = self._raw_text(text) if self._raw else self._chat_turn(text)
+            self._known[text] = RenderedText(raw_ids(self._raw, text), "") if self._raw else self._chat_turn(text)
         return self._known[text]
-
-    def _raw_text(self, text: str) -> RenderedText:
-        ids = tuple(self._raw.encode([(text, False)]))
-        # Tokenizers of base models often leave it out, and the models were trained with it.
-        has_bos = self._bos is None or ids[:1] == (self._bos,)
-        return RenderedText(ids if has_bos else (self._bos, *ids), "")
 
     def _chat_turn(self, text: str) -> RenderedText:
         prompt = self._chat.render([*self._system, {"role": "user", "content": text}])
         return RenderedText(prompt.token_ids, prompt.header)
+
+
+def raw_ids(guard: GuardedTokenizer, text: str) -> tuple[int, ...]:
+    """A text as it is, after the BOS token where the tokenizer has one. Raises InputError as `GuardedTokenizer`."""
+    ids, bos = guard.encode([(text, False)]), guard.tokenizer.bos_token_id
+    # Tokenizers of base models often leave it out, and the models were trained with it.
+    has_bos = bos is None or ids[:1] == (bos,)
+    return ids if has_bos else (bos, *ids)

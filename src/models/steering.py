@@ -66,12 +66,18 @@ class Steering:
         self._positions: np.ndarray | None = None
         self._ran: set[Location] = set()
         self._held: dict[int, Tensor] = {}
+        self._read: list[dict[int, list[float]]] = [{number: [] for number in each} for each in plan.gates]
         self._on_device: dict[tuple, Tensor] = {}
 
     def keep(self, indices: Sequence[int]) -> None:
         """From the next forward call on, the batch consists of the rows `indices` of the present one."""
         self.finish_call()
         self._plan.keep(indices)
+
+    def gates(self, index: int) -> tuple[tuple[float, ...], ...]:
+        """What the conditions of a row of the present batch have read so far, at each of its positions."""
+        row = self._plan.rows[index]
+        return tuple(tuple(self._read[row][number]) for number in self._plan.gates[row])
 
     def step(self, positions: Tensor, mask: Tensor | None = None) -> None:
         """
@@ -125,7 +131,16 @@ class Steering:
         for number in self._watched.get(place, ()):
             condition = self._plan.conditions[number - 1]
             direction = torch.from_numpy(condition.direction).to(tokens.device)
-            self._held[number] = holds(projection(tokens, direction), condition.above, condition.below)
+            p = projection(tokens, direction)
+            self._held[number] = holds(p, condition.above, condition.below)
+            self._note(number, p)
+
+    def _note(self, number: int, p: Tensor) -> None:
+        """Keep what a condition read, p (tokens,), for the rows that have it."""
+        rows = [(i, row) for i, row in enumerate(self._plan.rows) if number in self._read[row]]
+        values = p.view(self._positions.shape).cpu() if rows else None
+        for i, row in rows:
+            self._read[row][number] += values[i, torch.from_numpy(self._positions[i] >= 0)].tolist()
 
     def _act(self, place: Location, tokens: Tensor, selection: Selection) -> None:
         """Change the selected tokens in place; `tokens` (tokens, d_model) is our own copy."""

@@ -60,9 +60,13 @@ class SteeringPlan:
         self.tables: dict[Location, Intervention] = {}
         self.rounds: dict[Location, list[Round]] = {}
         self.conditions: list[ResolvedCondition] = []
+        self.rows = list(range(len(rows)))
+        """Which of the rows given at first each row is."""
         self._condition_numbers: dict[tuple, int] = {}
         for place, per_row in _by_location(rows).items():
             self._add_location(place, per_row, prompt_lengths)
+        self.gates = [[self._condition_number(c) for c in spec.conditions] if spec else [] for spec in rows]
+        """The numbers of the conditions of each row given at first."""
 
     @property
     def watched(self) -> dict[Location, list[int]]:
@@ -76,6 +80,7 @@ class SteeringPlan:
         """Only the rows `indices` go on, in that order."""
         kept = np.asarray(indices, dtype=np.int64)
         self.n_rows = len(kept)
+        self.rows = [self.rows[i] for i in indices]
         self.rounds = {place: [r.keep(kept) for r in rounds] for place, rounds in self.rounds.items()}
 
     def _add_location(
@@ -84,7 +89,7 @@ class SteeringPlan:
         # Rows under one spec share its operations, hence also the entries of the table.
         distinct = list({id(operation): operation for operations in per_row for operation in operations}.values())
         slot_of = {id(operation): slot for slot, operation in enumerate(distinct)}
-        self.tables[place] = stacked([_intervention(operation) for operation in distinct])
+        self.tables[place] = stacked([intervention_of(operation) for operation in distinct])
         self.rounds[place] = []
         for number in range(max(map(len, per_row))):
             new = Round(*(np.zeros(self.n_rows, dtype=np.int64) for _ in range(4)))
@@ -100,13 +105,10 @@ class SteeringPlan:
     def _condition_number(self, condition: ResolvedCondition | None) -> int:
         if condition is None:
             return 0
-        key = (
-            condition.layer, condition.hook_point, condition.above, condition.below, condition.direction.tobytes(),
-        )  # fmt: skip
-        if key not in self._condition_numbers:
+        if condition.key not in self._condition_numbers:
             self.conditions.append(condition)
-            self._condition_numbers[key] = len(self.conditions)
-        return self._condition_numbers[key]
+            self._condition_numbers[condition.key] = len(self.conditions)
+        return self._condition_numbers[condition.key]
 
 
 def _by_location(rows: Sequence[ResolvedSpec | None]) -> dict[Location, list[list[ResolvedOperation]]]:
@@ -119,7 +121,8 @@ def _by_location(rows: Sequence[ResolvedSpec | None]) -> dict[Location, list[lis
     return places
 
 
-def _intervention(operation: ResolvedOperation) -> Intervention:
+def intervention_of(operation: ResolvedOperation) -> Intervention:
+    """The formula's parameters of one operation, on the CPU."""
     direction = torch.from_numpy(np.array(operation.direction, dtype=np.float32))
     match operation.op:
         case "add":

@@ -5,9 +5,9 @@ Every token of prompt and response is run at once, each row under its own spec, 
 """
 
 import inspect
-import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,27 +16,30 @@ from torch import Tensor
 from src.common.errors import InputError
 from src.common.resolved_interventions import ResolvedSpec
 from src.models.cpu_linear import packed_linears
-from src.models.devices import is_out_of_memory
+from src.models.devices import halved, is_out_of_memory
 from src.models.generation import left_padded, needs_equal_lengths
 from src.models.hooks import Location, reading
-from src.models.language_model import LanguageModel
 from src.models.steering import steered
 from src.models.token_sequences import TokenSequence
+from src.models.types import GenerationRequest, GenerationResult
+from src.ops.divergence import divergence
 from src.ops.interventions import projection
 
-LOGGER = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from src.models.language_model import LanguageModel
+
 TOKENS_PER_BATCH = 2048
 MAX_LOGITS = 1 << 25
 """Logits of one pass that are held at a time; two passes are compared."""
-MAX_LOGITS_AT_ONCE = 1 << 22
-"""Logits in float32 and their products in float64, held while two passes are compared."""
 
+OnProjected = Callable[[GenerationResult, float | None], None]
+"""Gets an answer and its mean projection, None for an answer without tokens."""
 ForcedRow = tuple[TokenSequence, ResolvedSpec | None]
 """Tokens to run, and what acts on them; None and specs without operations leave them as they are."""
 
 
 def kl_per_token(
-    model: LanguageModel, rows: Sequence[ForcedRow], *, tokens_per_batch: int = TOKENS_PER_BATCH
+    model: "LanguageModel", rows: Sequence[ForcedRow], *, tokens_per_batch: int = TOKENS_PER_BATCH
 ) -> list[Tensor]:
     """
     For each row, at each token t of its response, in nats: float64 (response tokens,), ≥ 0, on the CPU.
@@ -53,38 +56,38 @@ def kl_per_token(
     found: list[Tensor | None] = [None] * len(rows)
     groups: dict[tuple, list[int]] = {}
     for i, (sequence, spec) in enumerate(rows):
-        n_response = _n_response(sequence)
+        n_tokens = n_response(sequence)
         if spec is None or not spec.operations:
-            found[i] = torch.zeros(n_response, dtype=torch.float64)
+            found[i] = torch.zeros(n_tokens, dtype=torch.float64)
         else:
             groups.setdefault((sequence.token_ids, sequence.prompt_length), []).append(i)
     members = list(groups.values())
     vocabulary = model.model.get_output_embeddings().weight.shape[0]
 
     def fits(batch: Sequence[int]) -> bool:
-        longest = max(_n_response(rows[members[g][0]][0]) for g in batch) + 1
+        longest = max(n_response(rows[members[g][0]][0]) for g in batch) + 1
         return len(batch) * longest * vocabulary <= MAX_LOGITS
 
     def run(batch: Sequence[int]) -> None:
         sequences = [rows[members[g][0]][0] for g in batch]
-        kept = max(map(_n_response, sequences)) + 1
-        plain = _response_logits(model, sequences, [None] * len(batch), kept)
+        kept = max(map(n_response, sequences)) + 1
+        plain = response_logits(model, sequences, [None] * len(batch), kept)
         for turn in range(max(len(members[g]) for g in batch)):
             acting = [members[g][turn] if turn < len(members[g]) else None for g in batch]
             specs = [None if i is None else rows[i][1] for i in acting]
-            for i, p, q in zip(acting, plain, _response_logits(model, sequences, specs, kept), strict=True):
+            for i, p, q in zip(acting, plain, response_logits(model, sequences, specs, kept), strict=True):
                 if i is not None:
-                    n = _n_response(rows[i][0])
-                    found[i] = _divergence(p[-n - 1 : -1], q[-n - 1 : -1], rows[i][0].id)
+                    n = n_response(rows[i][0])
+                    found[i] = checked_divergence(divergence(p[-n - 1 : -1], q[-n - 1 : -1]), rows[i][0].id)
 
     with torch.inference_mode(), packed_linears(model.model):
         lengths = [len(rows[group[0]][0].token_ids) for group in members]
-        _in_batches(model, lengths, run, tokens_per_batch, fits)
+        in_batches(model, lengths, run, tokens_per_batch, fits)
     return found
 
 
 def mean_projections(
-    model: LanguageModel,
+    model: "LanguageModel",
     rows: Sequence[ForcedRow],
     place: Location,
     direction: np.ndarray,
@@ -98,7 +101,7 @@ def mean_projections(
     """
     found: list[float | None] = [None] * len(rows)
     for sequence, _ in rows:
-        _n_response(sequence)
+        n_response(sequence)
     unit = torch.from_numpy(np.array(direction, dtype=np.float32))
 
     def run(batch: Sequence[int]) -> None:
@@ -110,16 +113,84 @@ def mean_projections(
 
         _forward(model, sequences, specs, 1, {place: note})
         for i, sequence, values in zip(batch, sequences, projected[0], strict=True):
-            found[i] = values[-_n_response(sequence) :].double().mean().item()
+            found[i] = values[-n_response(sequence) :].double().mean().item()
             if not np.isfinite(found[i]):
-                raise InputError(_not_finite(sequence.id, "hidden states"))
+                raise InputError(not_finite(sequence.id, "hidden states"))
 
     with torch.inference_mode(), packed_linears(model.model):
-        _in_batches(model, [len(sequence.token_ids) for sequence, _ in rows], run, tokens_per_batch)
+        in_batches(model, [len(sequence.token_ids) for sequence, _ in rows], run, tokens_per_batch)
     return found
 
 
-def _n_response(sequence: TokenSequence) -> int:
+def generate_projected(
+    model: "LanguageModel",
+    requests: Sequence[GenerationRequest],
+    place: Location,
+    direction: np.ndarray,
+    *,
+    on_result: OnProjected,
+    on_tokens: Callable[[int], None],
+    batch_size: int,
+    top_k: int,
+) -> None:
+    """
+    `model.generate` with the mean projection of each answer beside it, as `mean_projections` gives it under the
+    request's own interventions; None for an answer without tokens. Batch by batch: an answer is passed on once it has
+    been run through the model again.
+    """
+    longest_first = sorted(requests, key=lambda r: -len(r.token_ids))
+    for start in range(0, len(longest_first), batch_size):
+        batch = {request.id: request for request in longest_first[start : start + batch_size]}
+        results: list[GenerationResult] = []
+        model.generate(
+            list(batch.values()), on_result=results.append, on_tokens=on_tokens, batch_size=batch_size, top_k=top_k
+        )
+        rows = {r.id: (answered(batch[r.id], r), batch[r.id].spec) for r in results if r.token_ids}
+        means = dict(zip(rows, mean_projections(model, list(rows.values()), place, direction), strict=True))
+        for result in results:
+            on_result(result, means.get(result.id))
+
+
+def answered(request: GenerationRequest, result: GenerationResult) -> TokenSequence:
+    """A request's prompt and its answer."""
+    return TokenSequence(
+        id=result.id, token_ids=(*request.token_ids, *result.token_ids), prompt_length=len(request.token_ids)
+    )
+
+
+def captured(model: "LanguageModel", request: GenerationRequest, result: GenerationResult) -> dict[str, Tensor]:
+    """
+    The hidden states that `request.capture` keeps of a finished answer, as `GenerationResult.captures` has them: prompt
+    and answer are run once more under the request's own interventions. Raises InputError when memory does not suffice,
+    for hidden states that are not finite, and for a layer that the model lacks.
+    """
+    capture = request.capture
+    assert capture is not None, f"{request.id} keeps nothing"
+    # The last token was generated and not run, unless the one that ended the answer came behind it.
+    ids = (*request.token_ids, *result.token_ids)
+    sequence = TokenSequence(
+        id=request.id, token_ids=ids if result.finish_reason == "stop" else ids[:-1], prompt_length=request.boundary
+    )
+    found: dict[str, Tensor] = {}
+
+    def note(place: Location, hidden: Tensor) -> None:
+        rows = hidden[0, capture.start : capture.end]
+        if not rows.isfinite().all():
+            raise InputError(not_finite(sequence.id, "hidden states"))
+        kept = rows.float().mean(dim=0, keepdim=True) if capture.mean else rows.clone()
+        found[f"{place.layer}.{place.hook_point}"] = kept.cpu()
+
+    def run(batch: Sequence[int]) -> None:
+        _forward(model, [sequence], [request.spec], 1, {place: partial(note, place) for place in places})
+
+    places = [Location(*place) for place in capture.places]
+    with torch.inference_mode(), packed_linears(model.model):
+        in_batches(model, [len(sequence.token_ids)], run, len(sequence.token_ids))
+    return found
+
+
+def n_response(sequence: TokenSequence) -> int:
+    """Tokens of its response. Raises InputError when there are none."""
     n_tokens = len(sequence.token_ids) - sequence.prompt_length
     if not n_tokens:
         raise InputError(f"sequence {sequence.id!r} has no response token, so nothing is measured on it; leave it out")
@@ -127,7 +198,7 @@ def _n_response(sequence: TokenSequence) -> int:
 
 
 def _forward(
-    model: LanguageModel,
+    model: "LanguageModel",
     sequences: Sequence[TokenSequence],
     specs: Sequence[ResolvedSpec | None],
     n_kept: int,
@@ -145,33 +216,27 @@ def _forward(
         return net(input_ids=ids, attention_mask=mask, use_cache=False, **extra).logits
 
 
-def _response_logits(
-    model: LanguageModel, sequences: Sequence[TokenSequence], specs: Sequence[ResolvedSpec | None], n_kept: int
+def response_logits(
+    model: "LanguageModel", sequences: Sequence[TokenSequence], specs: Sequence[ResolvedSpec | None], n_kept: int
 ) -> Tensor:
+    """Logits (rows, n_kept, vocabulary) of the last `n_kept` places; every row's last token is in the last one."""
     return _forward(model, sequences, specs, n_kept, {})[:, -n_kept:]
 
 
-def _divergence(p_logits: Tensor, q_logits: Tensor, name: str) -> Tensor:
-    """KL(P ‖ Q) of each row of two (tokens, vocabulary): float64 (tokens,) on the CPU."""
-    at_once = max(1, MAX_LOGITS_AT_ONCE // p_logits.shape[1])
-    parts = []
-    for p_some, q_some in zip(p_logits.split(at_once), q_logits.split(at_once), strict=True):
-        p, q = (x.float().log_softmax(dim=-1) for x in (p_some, q_some))
-        # Of a token that P never gives nothing counts, whatever Q gives it.
-        terms = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
-        parts.append(terms.cpu().double().sum(dim=-1).clamp_min(0.0))
-    divergence = torch.cat(parts)
-    if not divergence.isfinite().all():
-        raise InputError(_not_finite(name, "logits"))
-    return divergence
+def checked_divergence(per_token: Tensor, name: str) -> Tensor:
+    """The divergence of each token as it came out. Raises InputError where it is not finite."""
+    if not per_token.isfinite().all():
+        raise InputError(not_finite(name, "logits"))
+    return per_token
 
 
-def _not_finite(name: str, what: str) -> str:
+def not_finite(name: str, what: str) -> str:
+    """What is said of a sequence that gave no numbers."""
     return f"sequence {name!r}: its {what} are not finite; try a smaller coefficient, or --dtype float32"
 
 
-def _in_batches(
-    model: LanguageModel,
+def in_batches(
+    model: "LanguageModel",
     lengths: Sequence[int],
     run: Callable[[Sequence[int]], None],
     tokens_per_batch: int,
@@ -193,8 +258,7 @@ def _in_batches(
             continue
         if len(batch) == 1:
             raise InputError(f"out of memory with one sequence of {lengths[batch[0]]} tokens; lower --max_tokens")
-        LOGGER.warning("Out of memory with %d sequences at once; going on with %d", len(batch), len(batch) // 2)
-        tokens_per_batch = lengths[batch[0]] * (len(batch) // 2)
+        tokens_per_batch = lengths[batch[0]] * halved(len(batch), "sequences", model.device)
 
 
 def _has_memory(run: Callable[[], None]) -> bool:

@@ -58,6 +58,10 @@ class ThinkingReader:
                 return start, end
         return None
 
+    def is_opened_by(self, header: str) -> bool:
+        """Whether a prompt that ends with `header` has the answer begin inside of thinking."""
+        return self.marks is not None and header.rfind(self.marks[0]) > header.rfind(self.marks[1])
+
     def read(self, token_ids: Sequence[int], header: str) -> ThinkingSpan:
         """
         Divide one response. header: what the prompt ends with, which for some templates already opens the thinking,
@@ -69,10 +73,9 @@ class ThinkingReader:
         if self.marks is None:
             return self._span(token_ids, 0)
         start, end = self.marks
-        open_at, closed_at = header.rfind(start), header.rfind(end)
         done = 0
-        inside = open_at > closed_at
-        if not inside and closed_at < 0:
+        inside = self.is_opened_by(header)
+        if not inside and end not in header:
             # Models trained to think without a start mark write the end mark alone.
             first_start, first_end = self._after(token_ids, start, 0), self._after(token_ids, end, 0)
             if first_end and (first_start is None or first_end < first_start):

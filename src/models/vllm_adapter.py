@@ -3,7 +3,8 @@
 import logging
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,6 +13,7 @@ from safetensors import safe_open
 
 from src.common.engine_config import EngineConfigBase
 from src.common.errors import CheckFailed, InputError
+from src.models.adapter_switching import tensor_names
 from src.models.loading import ModelFiles, auto_class_of, load_config
 from src.models.merging import merged_copy
 from src.models.vllm_check import distribution
@@ -32,16 +34,35 @@ class Adapter:
     """The largest rank of vLLM's that holds the adapter's; 0 for a merged one."""
     merged: Path | None
     """The model with the adapter in its weights, None where vLLM applies it."""
+    number: int = 1
+    """Tells several adapters of one engine apart, from 1."""
 
     def engine_args(self) -> dict[str, Any]:
         """Arguments of vLLM's EngineArgs that make room for the adapter."""
-        return {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": self.rank}
+        return room_for([self])
 
     def request(self) -> Any:
         """What names the adapter in a request."""
         from vllm.lora.request import LoRARequest
 
-        return LoRARequest("adapter", 1, str(self.folder))
+        return LoRARequest(f"adapter-{self.number}", self.number, str(self.folder))
+
+
+def room_for(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """Arguments of vLLM's EngineArgs for adapters of which one at a time acts."""
+    rank = max(adapter.rank for adapter in adapters)
+    return {"enable_lora": True, "max_loras": 1, "max_cpu_loras": len(adapters), "max_lora_rank": rank}
+
+
+def switchable_adapters(files: ModelFiles, folders: Sequence[Path]) -> list[Adapter]:
+    """Adapters for one engine to switch between. Raises InputError for one that vLLM's LoRA cannot do as PEFT does."""
+    adapters = []
+    for number, folder in enumerate(folders, start=1):
+        rank, obstacle = lora_rank(replace(files, adapter=folder))
+        if obstacle:
+            raise InputError(f"adapter {folder}: vLLM cannot switch to it ({obstacle}); load it alone")
+        adapters.append(Adapter(folder, rank, None, number))
+    return adapters
 
 
 def prepare_adapter(files: ModelFiles, config: EngineConfigBase) -> Adapter:
@@ -132,11 +153,6 @@ def shapes_in(file: Path) -> list[tuple[str, tuple[int, ...]]]:
     """Name and shape of each tensor of a file."""
     with safe_open(file, framework="pt") as tensors:
         return [(name, tuple(tensors.get_slice(name).get_shape())) for name in list(tensors.keys())]
-
-
-def tensor_names(adapter: Path) -> list[str]:
-    """Names of the tensors of an adapter."""
-    return [name for file in weight_files(adapter) for name, _ in shapes_in(file)]
 
 
 def is_zero(adapter: Path) -> bool:

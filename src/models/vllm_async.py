@@ -1,47 +1,17 @@
 """The async form of the vLLM engine: one thread steps it, any number of coroutines wait for their tokens."""
 
 import asyncio
-import contextlib
 import itertools
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Self
 
+from src.models.async_pieces import Listener, Piece, whole
 from src.models.types import GenerationRequest, GenerationResult
-from src.models.vllm_engine import VLLMEngine, columns
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one step added to a response; the end-of-sequence token is left out."""
-
-    token_ids: tuple[int, ...]
-    entropy: tuple[float, ...]
-    """Nats, one a token."""
-    top_k_mass: tuple[float, ...]
-    result: GenerationResult | None
-    """The whole response, with the last piece only."""
-
-    @property
-    def finish_reason(self) -> str | None:
-        return self.result.finish_reason if self.result else None
-
-
-class _Listener:
-    """Where the pieces of one stream go."""
-
-    def __init__(self, request: GenerationRequest) -> None:
-        self.request = request
-        self.pieces: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
-        self.n_tokens = 0
-        self._loop = asyncio.get_running_loop()
-
-    def put(self, item: Piece | BaseException) -> None:
-        # The loop is gone when its program ended without waiting for the answer.
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self.pieces.put_nowait, item)
+from src.models.vllm_engine import VLLMEngine
+from src.models.vllm_outputs import columns
 
 
 class AsyncVLLMEngine:
@@ -53,20 +23,15 @@ class AsyncVLLMEngine:
     def __init__(self, engine: VLLMEngine) -> None:
         self._engine = engine
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._listeners: dict[str, _Listener] = {}
+        self._listeners: dict[str, Listener] = {}
         self._numbers = itertools.count()
         self._lock = threading.Lock()
-        self._ended: BaseException | None = RuntimeError("the engine is not open: use it in an `async with` block")
+        self.ended: BaseException | None = RuntimeError("the engine is not open: use it in an `async with` block")
         self._thread = threading.Thread(target=self._run, name="vllm-steps", daemon=True)
 
     async def generate(self, request: GenerationRequest, top_k: int = 5) -> GenerationResult:
         """The whole response. Raises what `VLLMEngine.generate` does; cancelling drops the request."""
-        result = None
-        async with contextlib.aclosing(self.stream(request, top_k)) as pieces:
-            async for piece in pieces:
-                result = piece.result
-        assert result is not None
-        return result
+        return await whole(self.stream(request, top_k))
 
     async def stream(self, request: GenerationRequest, top_k: int = 5) -> AsyncIterator[Piece]:
         """
@@ -76,26 +41,23 @@ class AsyncVLLMEngine:
         self._engine.check([request], top_k)
         # A name of its own, since the caller may use an id again while the thread still has the first.
         name = f"{request.id}#{next(self._numbers)}"
-        listener = _Listener(request)
+        listener = Listener(request)
+        await self._reserve(request)
         with self._lock:
-            if self._ended:
-                raise RuntimeError(f"the engine takes no requests: {self._ended}") from self._ended
+            if self.ended:
+                self._engine.give_back(request)
+                raise RuntimeError(f"the engine takes no requests: {self.ended}") from self.ended
             self._listeners[name] = listener
-            self._commands.put(lambda: self._add(name, top_k))
+            self._commands.put(lambda: self._add(name, request, top_k))
         try:
-            while True:
-                piece = await listener.pieces.get()
-                if isinstance(piece, BaseException):
-                    raise piece
+            async for piece in listener.read():
                 yield piece
-                if piece.result:
-                    return
         finally:
             if self._listeners.pop(name, None):
                 self._commands.put(lambda: self._engine.abort([name]))
 
     async def __aenter__(self) -> Self:
-        self._ended = None
+        self.ended = None
         self._thread.start()
         return self
 
@@ -103,10 +65,36 @@ class AsyncVLLMEngine:
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
 
-    def _add(self, name: str, top_k: int) -> None:
-        listener = self._listeners.get(name)
-        if listener:
-            self._engine.add(replace(listener.request, id=name), top_k)
+    async def _reserve(self, request: GenerationRequest) -> None:
+        """Wait, in a thread of its own, for room for what a request keeps."""
+        if request.capture is None or self._engine.reserve(request, wait=False):
+            return
+        gone = threading.Event()
+        waiting = asyncio.ensure_future(
+            asyncio.to_thread(self._engine.reserve, request, cancelled=lambda: gone.is_set() or bool(self.ended))
+        )
+        try:
+            if not await asyncio.shield(waiting):
+                raise RuntimeError(f"the engine takes no requests: {self.ended}") from self.ended
+        except asyncio.CancelledError:
+            gone.set()
+            # Not awaited here, where a second cancelling would lose what it gives.
+            waiting.add_done_callback(lambda done: self._unwanted(done, request))
+            raise
+
+    def _unwanted(self, done: asyncio.Future[bool], request: GenerationRequest) -> None:
+        if not done.cancelled() and not done.exception() and done.result():
+            self._engine.give_back(request)
+
+    def _add(self, name: str, request: GenerationRequest, top_k: int) -> None:
+        if name not in self._listeners:
+            self._engine.give_back(request)
+            return
+        try:
+            self._engine.add(replace(request, id=name), top_k)
+        except (ValueError, RuntimeError) as error:
+            # Of this request alone: no room in a compiled engine's tables, or vLLM's own refusal.
+            self._refuse(name, error)
 
     def _run(self) -> None:
         reason: BaseException = RuntimeError("it was closed")
@@ -124,10 +112,15 @@ class AsyncVLLMEngine:
     def _end(self, reason: BaseException) -> None:
         """Whoever waits, or comes later, must hear of the end; the thread's own would be seen by nobody."""
         with self._lock:
-            self._ended = reason
+            self.ended = reason
             waiting, self._listeners = self._listeners, {}
         for listener in waiting.values():
             listener.put(RuntimeError(f"the engine ended before the answer: {reason}"))
+        # What was asked after the end was: rooms are to be given back.
+        while not self._commands.empty():
+            command = self._commands.get()
+            if command:
+                command()
         self._engine.abort(list(waiting))
 
     def _obey(self) -> bool:
@@ -143,15 +136,24 @@ class AsyncVLLMEngine:
         listener = self._listeners.get(output.request_id)
         if listener is None:
             return
+        try:
+            piece = self._piece(output, listener)
+        except (ValueError, RuntimeError, OSError) as error:
+            # Of this request alone: logits that are not numbers, vLLM's own reason for ending it, full shared memory.
+            self._refuse(output.request_id, error)
+            return
         if output.finished:
             self._listeners.pop(output.request_id, None)
-        try:
-            listener.put(self._piece(output, listener))
-        except (ValueError, RuntimeError) as error:
-            # Of this request alone: logits that are not numbers, or vLLM's own reason for ending it.
+        listener.put(piece)
+
+    def _refuse(self, name: str, error: Exception) -> None:
+        """One request is over with an error, and nothing of it is to stay."""
+        listener = self._listeners.pop(name, None)
+        self._engine.abort([name])
+        if listener:
             listener.put(error)
 
-    def _piece(self, output: Any, listener: _Listener) -> Piece:
+    def _piece(self, output: Any, listener: Listener) -> Piece:
         completion = output.outputs[0]
         result = replace(self._engine.result(output), id=listener.request.id) if output.finished else None
         tokens = result.token_ids if result else tuple(completion.token_ids)

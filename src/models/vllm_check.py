@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from src.common.errors import CheckFailed, InputError
+from src.common.resolved_interventions import ResolvedSpec
 from src.models.types import GenerationRequest
 
 TEXT = "The quick brown fox jumps over the lazy dog. Once upon a time there was"
@@ -12,7 +13,8 @@ N_TOKENS = 2
 KS = (5, 1, 9)
 TOLERANCE = {"float32": (1e-3, 1e-4)}
 """Largest difference of entropy (nats) and of mass, by dtype."""
-HALF_TOLERANCE = (0.05, 0.01)
+HALF_TOLERANCE = (0.15, 0.05)
+"""Logits of bfloat16 lie up to 0.06 apart, and those of one token come out of products of another shape here."""
 
 
 def check_columns(loaded: Any) -> None:
@@ -62,19 +64,34 @@ def distribution(loaded: Any, text: str, *, adapted: bool = True) -> dict[int, f
     return dict(zip(completion.logprobs.token_ids, completion.logprobs.logprobs, strict=True))
 
 
-def all_log_probabilities(loaded: Any, token_ids: Sequence[int], max_tokens: int, *, adapted: bool = True) -> Any:
+def all_log_probabilities(
+    loaded: Any,
+    token_ids: Sequence[int],
+    max_tokens: int,
+    *,
+    adapted: bool = True,
+    steering: ResolvedSpec | None = None,
+) -> Any:
     """vLLM's greedy completion of a prompt with the log-probabilities of the whole vocabulary at each token."""
     from vllm import SamplingParams
     from vllm.inputs.engine import tokens_input
 
+    from src.models.vllm_tag import steering_only
+
+    name = "all-log-probabilities"
+    if steering:
+        loaded._states.specs.take(name, steering, len(token_ids), len(token_ids) + max_tokens)
     params = SamplingParams(
-        temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, logprobs=-1, flat_logprobs=True
-    )
+        temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, logprobs=-1, flat_logprobs=True,
+        extra_args=steering_only(steering, len(token_ids)),
+    )  # fmt: skip
     # What is read from the cache was computed in another shape, which rounds differently.
     loaded._engine.reset_prefix_cache()
     lora = loaded._lora if adapted else None
-    loaded._engine.add_request("all-log-probabilities", tokens_input(list(token_ids)), params, lora_request=lora)
-    return finish_all(loaded)["all-log-probabilities"]
+    loaded._engine.add_request(name, tokens_input(list(token_ids)), params, lora_request=lora)
+    completion = finish_all(loaded)[name]
+    loaded._states.specs.leave(name)
+    return completion
 
 
 def finish_all(loaded: Any) -> dict[str, Any]:

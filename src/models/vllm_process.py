@@ -17,15 +17,20 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 def stop(engine: Any) -> None:
-    """End an engine, its workers and their shared memory, of which vLLM leaves some on the CPU."""
-    names: set[str] = set()
+    """End an engine, its workers and their shared memory, which a worker that is killed on a busy machine leaves."""
+    segments: list[Path] = []
     try:
-        names = {name for name in engine.collective_rpc("tiller_shared_memory") if name}
+        segments = segments_of(engine)
     finally:
         engine.engine_core.shutdown()
-        for name in names:
-            for segment in SHARED_MEMORY.glob(f"vllm_dist_{name}-*"):
-                segment.unlink(missing_ok=True)
+        for segment in segments:
+            segment.unlink(missing_ok=True)
+
+
+def segments_of(engine: Any) -> list[Path]:
+    """The shared memory of the collectives of an engine's workers on the CPU; none on CUDA, and of one worker."""
+    names = {name for name in engine.collective_rpc("tiller_shared_memory") if name}
+    return [path for path in SHARED_MEMORY.glob("*") if any(path.name.startswith(f"{name}-") for name in names)]
 
 
 @contextlib.contextmanager

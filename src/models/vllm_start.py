@@ -2,24 +2,29 @@
 
 import atexit
 import contextlib
+import functools
 import gc
 import logging
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from transformers import PreTrainedConfig
 
 from src.common.engine_config import EngineConfigBase
 from src.common.errors import CheckFailed, InputError
 from src.common.logs import FILE_ONLY
+from src.models import vllm_prefix
 from src.models.generation import rope_types
 from src.models.loading import ModelFiles
+from src.models.shared_segments import sweep_stale_segments
 from src.models.vllm_adapter import Adapter
 from src.models.vllm_process import kept_as_they_are, nothing_left_behind, out_of_sight, quiet
 
@@ -43,9 +48,15 @@ WORKER = "src.models.vllm_worker.TillerWorker"
 def set_environment(engine_log: bool) -> None:
     """Tell vLLM, before it is imported, how to run here."""
     os.environ.update(ENVIRONMENT)
-    for name, value in LOCAL.items():
+    for name, value in (LOCAL | {"VLLM_RPC_BASE_PATH": _sockets().name}).items():
         os.environ.setdefault(name, value)
     logging.getLogger("vllm").setLevel(logging.INFO if engine_log else logging.ERROR)
+
+
+@functools.cache
+def _sockets() -> tempfile.TemporaryDirectory:
+    """Where workers meet, removed with this process: vLLM leaves the files of its sockets behind."""
+    return tempfile.TemporaryDirectory(prefix="tiller-")
 
 
 def start(
@@ -64,8 +75,12 @@ def start(
         check_device(config, files)
         arguments = arguments_of(config, files, adapter, batch_size) | engine_args
         check_memory(files, arguments, config.tensor_parallel_size * config.pipeline_parallel_size)
+        sweep_stale_segments()
+        vllm_prefix.install()
+        if files.device.type == "cpu":
+            vllm_prefix.zero_new_blocks()
         with nothing_left_behind():
-            engine = _engine(arguments)
+            engine = make_engine(arguments)
             runners = set(engine.collective_rpc("tiller_install"))
     assert len(runners) == 1, f"workers of several kinds: {runners}"
     LOGGER.info("vLLM is ready after %.0f s", time.monotonic() - began)
@@ -74,20 +89,25 @@ def start(
 
 def check_device(config: EngineConfigBase, files: ModelFiles) -> None:
     """Raises InputError where the vLLM that is installed was built for another device."""
-    from vllm.platforms import current_platform
-
     if config.quantization != "none":
         raise InputError(f"--quantization {config.quantization} with --backend vllm: not supported; take --backend hf")
-    if files.device.type != current_platform.device_type:
-        raise InputError(
-            f"--device {config.device} is {files.device.type} here, and the vLLM that is installed is built for "
-            f"{current_platform.device_type}; take --device {current_platform.device_type}, or --backend hf"
-        )
+    require_platform(files.device, config.device)
     if files.device.index:
         raise InputError(f"--device {config.device} with vLLM: set CUDA_VISIBLE_DEVICES={files.device.index} instead")
     n_workers = config.tensor_parallel_size * config.pipeline_parallel_size
     if files.device.type == "cpu" and n_workers > 1 and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(shares_of_cpus(n_workers))
+
+
+def require_platform(device: torch.device, asked: str, instead: str = "--backend hf") -> None:
+    """Raises InputError where the vLLM that is installed was built for another kind of device; `asked`: its name."""
+    from vllm.platforms import current_platform
+
+    if device.type != current_platform.device_type:
+        raise InputError(
+            f"--device {asked} is {device.type} here, and the vLLM that is installed is built for "
+            f"{current_platform.device_type}; take --device {current_platform.device_type}, or {instead}"
+        )
 
 
 def shares_of_cpus(n_workers: int) -> list[str]:
@@ -127,6 +147,9 @@ def arguments_of(
         "use_tqdm_on_load": config.engine_log,
         "worker_extension_cls": WORKER,
     }
+    if "RAY_ADDRESS" in os.environ:
+        # A script of src.experiment over several nodes has brought it up.
+        arguments["distributed_executor_backend"] = "ray"
     return arguments | (adapter.engine_args() if adapter and not adapter.merged else {})
 
 
@@ -173,7 +196,8 @@ def check_rotary(model_config: PreTrainedConfig, context: int | None) -> None:
         )
 
 
-def _engine(arguments: dict[str, Any]) -> Any:
+def make_engine(arguments: dict[str, Any]) -> Any:
+    """vLLM's engine from arguments of its EngineArgs."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -181,15 +205,18 @@ def _engine(arguments: dict[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
-def errors_in_words(model_id: str) -> Iterator[None]:
-    """Turns what vLLM raises about a model, memory or a setting, which has no type of its own, into InputError."""
+def errors_in_words(model_id: str, instead: str = "--backend hf", log: str = "--engine_log") -> Iterator[None]:
+    """
+    Turns what vLLM raises about a model, memory or a setting, which has no type of its own, into InputError. instead:
+    what runs the model without vLLM. log: what shows more of vLLM's own words.
+    """
     try:
         yield
     except (InputError, CheckFailed):
         raise
     except (ValueError, RuntimeError, NotImplementedError, OSError, *_own_errors()) as error:
         LOGGER.error("vLLM did not start", exc_info=True, extra={FILE_ONLY: True})
-        raise InputError(f"vLLM cannot run --model_id {model_id} here: {remedy(error)}") from error
+        raise InputError(f"vLLM cannot run --model_id {model_id} here: {remedy(error, instead, log)}") from error
 
 
 def _own_errors() -> tuple[type[Exception], ...]:
@@ -198,7 +225,7 @@ def _own_errors() -> tuple[type[Exception], ...]:
     return (module.VLLMError,) if module else ()
 
 
-def remedy(error: Exception) -> str:
+def remedy(error: Exception, instead: str, log: str) -> str:
     """vLLM's own words, shortened, and what may help."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # pydantic puts the number of errors and the class first, and vLLM lists all it knows.
@@ -206,10 +233,10 @@ def remedy(error: Exception) -> str:
     words = (told or [type(error).__name__])[0].split(". Supported ")[0][:300]
     text = str(error).lower()
     if "not supported" in text or "architecture" in text:
-        return f"{words} (vLLM does not know this model; take --backend hf)"
+        return f"{words} (vLLM does not know this model; take {instead})"
     if "memory" in text or "kv cache" in text:
         return f"{words} (lower --max_model_len or --kv_cache_gib; on CUDA change --gpu_memory_utilization)"
-    return f"{words} (--engine_log shows more; --backend hf needs no vLLM)"
+    return f"{words} ({log} shows more; {instead} needs no vLLM)"
 
 
 def facts(engine: Any, runner: str, adapter: Adapter | None) -> dict[str, str | None]:

@@ -1,66 +1,19 @@
-"""
-What runs inside a vLLM worker: the exact uncertainty of every sampled token, carried out of the engine in the
-log-probability tensors that vLLM moves anyway, and draws that depend on the request alone.
-
-A request asks for it by `sampling_params()`: its columns 1 and 2 then hold entropy and top-k mass in place of two
-log-probabilities. Requests of others in the same batch get what vLLM gives them.
-"""
+"""What runs inside a vLLM worker: our sampler, and the interventions and captures of each request."""
 
 import os
-import random
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-from vllm import SamplingParams
-from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from src.common.resolved_interventions import ResolvedSpec
+from src.models.shared_segments import write_segment
+from src.models.vllm_compiled import KEY, Declared
+from src.models.vllm_forced_worker import Asked, Pair, divergences, log_probabilities
+from src.models.vllm_sampler import SamplerV2, install_v1
+from src.models.vllm_steering import CompiledSteering, WorkerSteering
+from src.models.vllm_tag import asked_of
 
-from src.models.types import GenerationRequest
-from src.ops.metrics import token_uncertainty
-from src.ops.sampling import next_tokens
-
-TAG = "tiller"
-"""Key of `extra_args` under which a request carries k and seed to the worker."""
-COLUMNS = 2
-"""Log-probabilities that a tagged request asks for: the places of entropy and top-k mass."""
-
-
-@dataclass(frozen=True)
-class Tag:
-    """What a tagged request wants of the sampler."""
-
-    k: int
-    seed: int
-    temperature: float
-    """As asked; vLLM raises small ones to 0.01."""
-
-
-def sampling_params(request: GenerationRequest, k: int, eos_ids: frozenset[int], runner: str) -> SamplingParams:
-    """
-    The request in vLLM's terms: `COLUMNS` log-probabilities, flat, no text, ended by `eos_ids` alone.
-
-    runner: "v1" draws by the request's seed with our own sampler; "v2" with vLLM's, whose Gumbel noise is a function of
-    seed and position.
-    """
-    return SamplingParams(
-        temperature=request.temperature,
-        max_tokens=request.max_tokens,
-        # A generator on the V1 runner cannot be set back after a prompt's chunk that samples nothing.
-        seed=request.seed % 2**63 if runner == "v2" and request.temperature > 0 else None,
-        stop_token_ids=sorted(eos_ids),
-        ignore_eos=True,
-        detokenize=False,
-        logprobs=COLUMNS,
-        flat_logprobs=True,
-        extra_args={TAG: {"k": k, "seed": request.seed, "temperature": request.temperature}},
-    )
-
-
-def tag_of(params: SamplingParams | None) -> Tag | None:
-    """The tag of a request, None for one of somebody else."""
-    stated = (params.extra_args or {}).get(TAG) if params else None
-    return Tag(**stated) if stated else None
+COMPILED = "tiller_compiled"
+"""Where a model runner keeps the steering that its model was compiled with."""
 
 
 class TillerWorker:
@@ -73,14 +26,83 @@ class TillerWorker:
         return os.environ.get("VLLM_DIST_IDENT", "")
 
     def tiller_install(self) -> str:
-        """Puts our sampler in place; returns the model runner's generation, "v1" or "v2"."""
+        """Puts our sampler and the steering in place; returns the model runner's generation, "v1" or "v2"."""
         runner = self.model_runner
-        if hasattr(runner, "req_states"):
+        self.tiller_steering = getattr(runner, COMPILED, None) or WorkerSteering(runner)
+        is_v2 = hasattr(runner, "req_states")
+        if is_v2:
             runner.sampler = SamplerV2.around(runner.sampler)
-            return "v2"
-        make_room_between_stages(runner)
-        install_v1(runner)
-        return "v1"
+            tell_positions_v2(runner, self.tiller_steering)
+        else:
+            make_room_between_stages(runner)
+            install_v1(runner)
+            tell_positions_v1(runner, self.tiller_steering)
+        watch_steps(runner, self.tiller_steering)
+        return "v2" if is_v2 else "v1"
+
+    def tiller_register(self, fingerprint: str, spec: ResolvedSpec) -> None:
+        """Keeps the vectors of a spec, to be named by requests."""
+        self.tiller_steering.register(fingerprint, spec)
+
+    def tiller_forget(self, fingerprints: Sequence[str]) -> list[str]:
+        """Frees what specs take unless a request still names them; returns those that are freed."""
+        return [fingerprint for fingerprint in fingerprints if self.tiller_steering.forget(fingerprint)]
+
+    def tiller_take(self, request_id: str, n_positions: int, mean: bool) -> dict | None:
+        """
+        What this worker kept of a request, moved into a segment of shared memory: its descriptor. None on the ranks of
+        a tensor-parallel group whose first keeps the same, and on those that kept nothing.
+        """
+        from vllm.distributed.parallel_state import get_tp_group
+
+        tensors = self.tiller_steering.take(request_id, n_positions, mean)
+        return write_segment(tensors) if tensors and get_tp_group().rank_in_group == 0 else None
+
+    def tiller_divergences(self, pairs: Sequence[Pair], adapter: Any) -> list[list[float]] | None:
+        """See `divergences`."""
+        return divergences(self.model_runner, self.tiller_steering.captures, pairs, adapter)
+
+    def tiller_log_probabilities(self, asked: Sequence[Asked], adapter: Any) -> list[list[list[float]]] | None:
+        """See `log_probabilities`."""
+        return log_probabilities(self.model_runner, self.tiller_steering.captures, asked, adapter)
+
+    def tiller_gates(self, request_id: str, n_positions: int) -> dict[int, list[float]]:
+        """What the conditions read on this rank for a request that has ended: number → one projection a position."""
+        return self.tiller_steering.gates.take(request_id, n_positions)
+
+    def tiller_drop_gates(self, request_ids: Sequence[str]) -> None:
+        """Frees what the conditions of requests read."""
+        for request_id in request_ids:
+            self.tiller_steering.gates.drop(request_id)
+
+    def tiller_drop(self, request_ids: Sequence[str]) -> None:
+        """Frees what was kept of requests that nobody waits for."""
+        for request_id in request_ids:
+            self.tiller_steering.drop(request_id)
+
+    def tiller_problem(self) -> str | None:
+        """Why hidden states can be neither changed nor kept in this model."""
+        return self.tiller_steering.problem
+
+    def tiller_lacking(self) -> dict[tuple[int, str], str]:
+        """See `WorkerSteering.lacking`."""
+        return self.tiller_steering.lacking
+
+    def tiller_rewrite(self, reading: str | None) -> int:
+        """See `WorkerSteering.rewrite`."""
+        return self.tiller_steering.rewrite(reading)
+
+    def tiller_run_uncompiled(self, on: bool) -> None:
+        """See `WorkerSteering.run_uncompiled`."""
+        self.tiller_steering.run_uncompiled(on)
+
+    def tiller_read_as(self, adds: bool) -> None:
+        """Says whether the two tensors that layers pass on add up to the residual stream."""
+        self.tiller_steering.parts = adds
+
+    def tiller_state(self) -> dict[str, int]:
+        """How much is held here: requests that are steered or kept, captures, specs, hooks."""
+        return self.tiller_steering.counts()
 
     def tiller_adapter_modules(self) -> dict[str, list[str]]:
         """Names of the model's modules on which loaded adapters act, and of adapter weights that have no module."""
@@ -99,125 +121,78 @@ def make_room_between_stages(runner: Any) -> None:
         )
 
 
-def install_v1(runner: Any) -> None:
-    """Wraps the `forward` of a V1 runner's sampler."""
-    sampler = runner.sampler
-    plain = sampler.forward
-    draws = Draws()
+def watch_steps(runner: Any, steering: WorkerSteering) -> None:
+    """Tells the steering which requests come and go, and makes it check every step."""
+    from vllm.sequence import IntermediateTensors
 
-    def forward(logits: Tensor, sampling_metadata: Any, *args: Any, **settings: Any) -> SamplerOutput:
-        requests = [runner.requests[request_id] for request_id in runner.input_batch.req_ids[: len(logits)]]
-        tags = [tag_of(request.sampling_params) for request in requests]
-        ours = [i for i, tag in enumerate(tags) if tag]
-        if not ours:
-            return plain(logits, sampling_metadata, *args, **settings)
-        assert len(tags) == len(logits), f"{len(tags)} requests for {len(logits)} rows of logits"
-        whole = len(ours) == len(logits)
-        mine = logits if whole else logits[ours]
-        tokens = _next_tokens(mine, [requests[i] for i in ours], [tags[i] for i in ours], draws)
-        columns = _columns(mine, tokens, [tags[i].k for i in ours])
-        draws.keep(runner.requests)
-        if whole:
-            return _output(tokens, columns)
-        # Ours are read before vLLM's own sampler may change the logits in place.
-        output = plain(logits, sampling_metadata, *args, **settings)
-        output.sampled_token_ids[ours, 0] = tokens.int()
-        output.logprobs_tensors.logprob_token_ids[ours, 0] = tokens.int()
-        output.logprobs_tensors.logprobs[ours, : COLUMNS + 1] = columns
-        return output
+    plain = runner.execute_model
 
-    sampler.forward = forward
+    def execute_model(scheduler_output: Any, intermediate_tensors: Any = None, *args: Any, **settings: Any) -> Any:
+        # Warm-up calls pass no requests of anybody.
+        steering.end(scheduler_output.finished_req_ids)
+        for new in scheduler_output.scheduled_new_reqs:
+            asked = asked_of(new.sampling_params)
+            if asked:
+                steering.begin(new.req_id, asked)
+        steering.take_over(intermediate_tensors)
+        try:
+            output = plain(scheduler_output, intermediate_tensors, *args, **settings)
+            steering.check_step()
+            if isinstance(output, IntermediateTensors):
+                steering.pass_on(output.tensors)
+            return output
+        finally:
+            steering.clear_step()
+
+    runner.execute_model = execute_model
 
 
-def _next_tokens(logits: Tensor, requests: list[Any], tags: list[Tag], draws: "Draws") -> Tensor:
-    temperatures = [tag.temperature for tag in tags]
-    uniforms = [
-        draws.at(request.req_id, tag.seed, len(request.output_token_ids)) if tag.temperature > 0 else 0.0
-        for request, tag in zip(requests, tags, strict=True)
-    ]
-    return next_tokens(
-        logits,
-        torch.tensor(temperatures, dtype=torch.float32, device=logits.device),
-        torch.tensor(uniforms, dtype=torch.float64, device=logits.device),
-    )
+def tell_positions_v1(runner: Any, steering: WorkerSteering) -> None:
+    """Once a V1 runner has put its batch in order, say which rows are whose."""
+    plain = runner._prepare_inputs
+
+    def prepare(scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
+        prepared = plain(scheduler_output, num_scheduled_tokens)
+        batch = runner.input_batch
+        n = batch.num_reqs
+        steering.plan_step(batch.req_ids[:n], num_scheduled_tokens, batch.num_computed_tokens_cpu[:n])
+        return prepared
+
+    runner._prepare_inputs = prepare
 
 
-def _columns(logits: Tensor, tokens: Tensor, ks: list[int]) -> Tensor:
-    """float32 (rows, 3): the token's log-probability, entropy (nats), top-k mass."""
-    entropy, mass, log_normalizer = _uncertainty(logits, ks)
-    return torch.stack([logits.gather(1, tokens[:, None])[:, 0].float() - log_normalizer, entropy, mass], dim=1)
+def tell_positions_v2(runner: Any, steering: WorkerSteering) -> None:
+    """The same for a V2 runner."""
+    plain = runner.prepare_inputs
+
+    def prepare(*args: Any, **settings: Any) -> Any:
+        batch = plain(*args, **settings)
+        steering.plan_step(batch.req_ids, batch.num_scheduled_tokens, batch.num_computed_tokens_np)
+        return batch
+
+    runner.prepare_inputs = prepare
 
 
-def _uncertainty(logits: Tensor, ks: list[int]) -> Tensor:
-    """float32 (3, rows): entropy, top-k mass and log-normalizer, each row with its own k."""
-    if len(set(ks)) == 1:
-        return torch.stack(token_uncertainty(logits, ks[0]))
-    measured = torch.empty(3, len(logits), dtype=torch.float32, device=logits.device)
-    for k in set(ks):
-        rows = [i for i, other in enumerate(ks) if other == k]
-        measured[:, rows] = torch.stack(token_uncertainty(logits[rows], k))
-    return measured
-
-
-def _output(tokens: Tensor, columns: Tensor) -> SamplerOutput:
-    ids = torch.zeros(columns.shape, dtype=torch.int32, device=columns.device)
-    ids[:, 0] = tokens
-    ranks = torch.zeros(len(tokens), dtype=torch.int64, device=columns.device)
-    return SamplerOutput(
-        sampled_token_ids=tokens.int()[:, None],
-        logprobs_tensors=LogprobsTensors(logprob_token_ids=ids, logprobs=columns, selected_token_ranks=ranks),
-    )
-
-
-class Draws:
+def steer_before_compiling() -> None:
     """
-    The uniform draws of each request: number t belongs to generated token t, whatever was computed twice or thrown away
-    on the way (chunks of a prompt, preemption). The same numbers as on transformers.
+    Make workers set the hooks of a declaration as soon as the weights are loaded. vLLM imports this module in every
+    worker before it makes the worker; once the model is compiled, hooks would be without effect.
     """
+    from vllm.v1.worker.gpu_worker import Worker
 
-    def __init__(self) -> None:
-        self._streams: dict[tuple[str, int], tuple[random.Random, list[float]]] = {}
+    plain = Worker.load_model
+    if getattr(plain, COMPILED, False):
+        return
 
-    def at(self, request_id: str, seed: int, index: int) -> float:
-        """Draw number `index` of a request."""
-        stream, drawn = self._streams.setdefault((request_id, seed), (random.Random(seed), []))
-        while len(drawn) <= index:
-            drawn.append(stream.random())
-        return drawn[index]
+    def load_model(self: Any, *args: Any, **settings: Any) -> None:
+        plain(self, *args, **settings)
+        declared = (self.vllm_config.additional_config or {}).get(KEY)
+        # In eager mode nothing need be declared, and hooks can be set at any time.
+        if declared and not self.vllm_config.model_config.enforce_eager:
+            setattr(self.model_runner, COMPILED, CompiledSteering(self.model_runner, Declared.read(declared)))
 
-    def keep(self, request_ids: dict[str, Any]) -> None:
-        """Forgets the requests that have ended, once they are many."""
-        if len(self._streams) > 2 * len(request_ids) + 64:
-            self._streams = {key: stream for key, stream in self._streams.items() if key[0] in request_ids}
+    setattr(load_model, COMPILED, True)
+    Worker.load_model = load_model
 
 
-class SamplerV2:
-    """A V2 runner's sampler with our columns. Tokens are drawn by vLLM's own, seeded per request and position."""
-
-    def __init__(self, sampler: Any) -> None:
-        self._sampler = sampler
-        self._tags: dict[int, Tag | None] = {}
-
-    @classmethod
-    def around(cls, sampler: Any) -> "SamplerV2 | None":
-        """None on a pipeline rank that does not sample."""
-        return sampler if sampler is None or isinstance(sampler, cls) else cls(sampler)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._sampler, name)
-
-    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> None:
-        self._tags[req_idx] = tag_of(sampling_params)
-        self._sampler.add_request(req_idx, sampling_params)
-
-    def __call__(self, logits: Tensor, input_batch: Any) -> Any:
-        tags = [self._tags.get(int(slot)) for slot in input_batch.idx_mapping_np]
-        ours = [i for i, tag in enumerate(tags) if tag]
-        if not ours:
-            return self._sampler(logits, input_batch)
-        assert len(tags) == len(logits), f"{len(tags)} requests for {len(logits)} rows of logits"
-        rows = torch.tensor(ours, device=logits.device)
-        measured = _uncertainty(logits[rows], [tags[i].k for i in ours])
-        output = self._sampler(logits, input_batch)
-        output.logprobs_tensors.logprobs[rows, 1 : COLUMNS + 1] = measured[:COLUMNS].T
-        return output
+steer_before_compiling()
