@@ -5,6 +5,7 @@ uv run -m src.extract_directions --positive_path data/directions/french_english/
     --model_id bundled:smollm2-135m --output_dir data/experiments/french
 """
 
+import logging
 from dataclasses import dataclass
 
 from src.common.cli import run_command
@@ -14,6 +15,7 @@ from src.common.jsonl import write_jsonl_atomic
 from src.common.runs import Run, start_run
 from src.directions.settings import DirectionSettings
 
+LOGGER = logging.getLogger(__name__)
 SCORES, REPORT, RESIDUALS = "scores.jsonl", "report.html", "residuals"
 
 
@@ -40,16 +42,19 @@ def main(config: ExtractDirectionsConfig) -> None:
 
     # 2. The examples of both classes, and which of them are held out.
     from src.directions.source import Source
+    from src.models.engine import choose_backend
 
     source = Source(config)
+    backend, reason = choose_backend(config)
 
     # 3. The run folder, fresh or resumed.
     with start_run(config, "extract_directions", inputs=source.inputs) as run:
-        extract(config, run, source)
+        LOGGER.info("Hidden states of %s (%s)", {"hf": "transformers", "vllm": "vLLM"}[backend], reason)
+        extract(config, run, source, backend)
 
 
-def extract(config: ExtractDirectionsConfig, run: Run, source) -> None:
-    """The steps that need the model. source: a `Source`."""
+def extract(config: ExtractDirectionsConfig, run: Run, source, backend: str) -> None:
+    """The steps that need the model. source: a `Source`. backend: hf or vllm."""
     from src.common.directions_file import write_directions
     from src.directions.extraction import extract_all, refuse_same_tokens, refuse_too_many, refuse_too_many_directions
     from src.directions.outcome import next_command, print_outcome
@@ -60,17 +65,18 @@ def extract(config: ExtractDirectionsConfig, run: Run, source) -> None:
 
     # 4. The model's files, its layers, and every example as tokens.
     files = resolve(config)
-    run.record(**files.facts)
+    facts = files.facts | {"backend": backend}
+    run.record(**facts)
     shape = load_config(files.folder, config.trust_remote_code).get_text_config(decoder=True)
     layers = config.wanted_layers(shape.num_hidden_layers)
     refuse_too_many(len(source.contrast.examples), shape.hidden_size)
     refuse_too_many_directions(source, shape.hidden_size)
     tokenizer = load_tokenizer(files.folder, config.trust_remote_code)
-    sequences, details = source.sequences(tokenizer, files.facts, run.first_started.date())
+    sequences, details = source.sequences(tokenizer, facts, run.first_started.date())
     refuse_same_tokens(sequences, config.token_position)
 
     # 5. Hidden states, of which a resumed run keeps what is there.
-    reader = extract_all(config, files.facts, sequences, layers, run.path(RESIDUALS))
+    reader = extract_all(config, facts, sequences, layers, run.path(RESIDUALS), run.record)
 
     # 6. Each layer's directions and their scores on held-out examples, one layer in memory at a time.
     read_layer = lambda layer, ids: reader.rows(ids, layers.index(layer))  # noqa: E731
@@ -82,7 +88,7 @@ def extract(config: ExtractDirectionsConfig, run: Run, source) -> None:
     details["problems"] = {str(result.layer): result.problem for result in results if result.problem}
 
     # 7. The files.
-    directions = directions_of(source, files.facts, shape.num_hidden_layers, results, rows, best, details)
+    directions = directions_of(source, facts, shape.num_hidden_layers, results, rows, best, details)
     write_directions(run.path(FILE_NAME), directions)
     write_jsonl_atomic(run.path(SCORES), rows)
     write_text_atomic(run.path(REPORT), report(Reported(source, results, rows, best, details, read_layer)))

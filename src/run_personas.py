@@ -37,7 +37,7 @@ def main(config: RunPersonasConfig) -> None:
     personas = chosen_personas(config)
     follow_ups = read_prompts(config.turns) if config.turns else []
     check_reference(config.model_id, config.adapter_path)
-    choose_backend(config, config.only_hf)
+    choose_backend(config, config.projects)
     config.checked_entries()
     if config.chat_template not in (None, PLAIN):
         read_chat_template(config.chat_template)
@@ -93,9 +93,10 @@ def ask(config: RunPersonasConfig, run: Run, tasks: Sequence, follow_ups: list[P
     from src.personas.conversations import Conversations, all_row_ids
 
     # Before the minute that loading may take: rows of two engines are not mixed.
-    run.record(backend=choose_backend(config, config.only_hf)[0])
-    refuse_unfit(config)
-    with load_engine(config, config.batch_size, config.only_hf) as engine:
+    run.record(backend=choose_backend(config, config.projects)[0])
+    to_come = refuse_unfit(config)
+    specs = [to_come] if to_come else []
+    with load_engine(config, config.batch_size, keeps=config.projects, specs=specs) as engine:
         entries = config.entries()
         spec = engine.resolve(entries, config.allow_model_mismatch) if entries else None
         projection = projection_onto(config, engine)

@@ -19,7 +19,6 @@ from src.common.settings import to_json
 from src.steering.settings import SteerSettings
 
 LOGGER = logging.getLogger(__name__)
-ONLY_HF = "src.steer"
 
 
 @dataclass(kw_only=True)
@@ -29,17 +28,20 @@ class SteerConfig(SteerSettings):
 
 def main(config: SteerConfig) -> None:
     from src.common.system_prompts import PLAIN, read_chat_template
+    from src.models.arms import build_arms
     from src.models.engine import choose_backend
     from src.models.hub import check_reference
-    from src.steering.arms import build_arms, build_tasks
     from src.steering.measures import read_word_lists
+    from src.steering.tasks import build_tasks
 
     # 1. Everything that can be wrong without a model.
     prompts = read_prompts(config.prompts_json, config.num_tasks)
     arms = build_arms(config, config.checked_entries())
     lists = read_word_lists(config.function_words)
     check_reference(config.model_id, config.adapter_path)
-    choose_backend(config, ONLY_HF)
+    backend, reason = choose_backend(config, keeps=True)
+    if backend == "hf":
+        config.refuse_transformers(reason)
     if config.chat_template not in (None, PLAIN):
         read_chat_template(config.chat_template)
     tasks = build_tasks(arms, prompts, n_reps(config))
@@ -53,7 +55,10 @@ def steer(config: SteerConfig, run: Run, arms: Sequence, tasks: Sequence, lists:
     """Ask what is not answered yet, write the rows arm by arm, summarize, report."""
     from rich.console import Console
 
+    from src.common.captures import FOLDER_NAME as CAPTURES
     from src.common.results import FILE_NAME, Results
+    from src.steering.kept import Kept
+    from src.steering.parity import FILE_NAME as PARITY
     from src.steering.references import REFERENCES, References
     from src.steering.report import report
     from src.steering.rows import MEASURED_FIELDS
@@ -62,6 +67,7 @@ def steer(config: SteerConfig, run: Run, arms: Sequence, tasks: Sequence, lists:
     # 3. What an earlier start left.
     results = Results(run.folder, MEASURED_FIELDS)
     results.refuse_other_prompts({task.row_id: task.prompt for task in tasks})
+    kept = Kept(config, run.folder, results) if config.capture else None
     references = References(run.folder, results)
     row_ids = [task.row_id for task in tasks]
     done = sum(row_id in results.rows for row_id in row_ids)
@@ -70,11 +76,13 @@ def steer(config: SteerConfig, run: Run, arms: Sequence, tasks: Sequence, lists:
 
     # 4. The rest, which needs the model.
     if done < len(row_ids):
-        ask(config, run, arms, tasks, results, references, lists)
+        ask(config, run, arms, tasks, results, references, lists, kept)
 
     # 5. Rows in task order, the summary, the report.
     references.close()
     results.finish(row_ids)
+    if kept:
+        kept.finish(row_ids)
     rows = list(results.rows.values())
     summary = summarize_rows(rows, list(lists), config.seed)
     write_json_atomic(run.folder / "summary.json", summary)
@@ -89,34 +97,38 @@ def steer(config: SteerConfig, run: Run, arms: Sequence, tasks: Sequence, lists:
         "summary.json": "means and 95 % intervals per arm",
         "report.html": "dose and response, responses side by side",
     }
+    if kept:
+        files[CAPTURES] = "hidden states: src.common.captures.read_captures(folder).tensor(row id, layer)"
+    if (run.folder / PARITY).exists():
+        files[PARITY] = "the first prompts on transformers and on vLLM"
     run.finish(files)
 
 
-def ask(config: SteerConfig, run: Run, arms: Sequence, tasks: Sequence, results, references, lists) -> None:
+def ask(config: SteerConfig, run: Run, arms: Sequence, tasks: Sequence, results, references, lists, kept) -> None:
     """Load the model and ask; every row is on disk as soon as it is whole."""
-    from src.common.progress import Progress
-    from src.models.engine import load_engine
-    from src.models.intervention_check import refuse_unfit
-    from src.models.projections import Projection, one_place, projection_onto
-    from src.models.single_prompts import SinglePromptRenderer
-    from src.steering.arms import fingerprint_of, specs_of
-    from src.steering.asking import Asking
+    from rich.console import Console
 
-    refuse_unfit(config)
-    with load_engine(config, config.batch_size, ONLY_HF) as model:
-        specs = specs_of(arms, model, config.seed, config.allow_model_mismatch)
-        run.record(**model.facts, interventions_fingerprint=fingerprint_of(specs))
-        first = config.entries()[0]
-        projection = projection_onto(config, model) or Projection(
-            model, one_place(model, first, config.allow_model_mismatch)
-        )
-        run.record(projected_onto=str(projection.place))
-        LOGGER.info("Responses are projected at %s", projection.place)
-        renderer = SinglePromptRenderer(
-            model.tokenizer, run.first_started.date(), raw=config.raw_prompts, system_prompt=config.system_prompt,
-            chat_template=config.chat_template, thinking=config.thinking_mode,
-        )  # fmt: skip
-        asking = Asking(config, model, renderer, specs, projection, lists)
+    from src.common.progress import Progress
+    from src.models.arms import fingerprint_of
+    from src.models.engine import choose_backend, load_engine
+    from src.models.intervention_check import refuse_unfit
+    from src.steering.asking import asking_on
+    from src.steering.parity import check_vllm, is_done, run_transformers
+
+    # Before the minute that loading may take: rows of two engines are not mixed.
+    run.record(backend=choose_backend(config, keeps=True)[0])
+    refuse_unfit(config, config.kept)
+    compared, today = [], run.first_started.date()
+    if config.parity and not is_done(run.folder, config.parity):
+        compared = run_transformers(config, tasks, lambda hf: asking_on(hf, config, arms, lists, today).request)
+    with load_engine(config, config.batch_size, keeps=True) as engine:
+        asking = asking_on(engine, config, arms, lists, today, kept)
+        place = asking.projection.place
+        acting = fingerprint_of(asking.specs)
+        run.record(**engine.facts, interventions_fingerprint=acting, projected_onto=str(place))
+        if compared:
+            check_vllm(config, run.folder, engine, compared, tasks, Console(file=sys.stdout))
+        LOGGER.info("Responses are projected at %s", place)
         done = sum(task.row_id in results.rows for task in tasks)
         with Progress(total=len(tasks), done=done) as progress:
             asking.run(tasks, results, references, progress.add_row, progress.add_tokens)

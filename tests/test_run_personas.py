@@ -438,8 +438,7 @@ def test_a_steered_run_cut_off_ends_as_the_whole_one_and_is_refused_with_others(
         (["--steer", "FILE:0:1", "--interventions_path", "s.json"], "exclude each other"),
         (["--project_onto", "FILE"], "expected FILE:LAYER"),
         (["--project_onto", "FILE:9"], "--project_onto .*layers 9"),
-        (["--steer", "FILE:0:1", "--backend", "vllm"], "--steer runs on transformers only; take --backend hf"),
-        (["--project_onto", "FILE:0", "--backend", "vllm"], "--project_onto runs on transformers only"),
+        (["--project_onto", "FILE:0", "--backend", "vllm", "--compiled"], "--compiled: .*leave it out"),
     ],
 )
 def test_bad_interventions_are_refused_before_a_model_is_loaded(

@@ -85,7 +85,7 @@ def test_rows_are_those_of_transformers_also_after_a_kill(arguments, tmp_path: P
 @pytest.mark.parametrize("moment", ["start", "generation"])
 def test_ctrl_c_ends_it_and_leaves_no_process(arguments, tmp_path: Path, moment: str) -> None:
     folder = tmp_path / "run"
-    words = arguments(folder, "vllm", "--max_tokens", "400", "--batch_size", "2")
+    words = arguments(folder, "vllm", "--max_tokens", "120", "--batch_size", "2")
     process = subprocess.Popen(
         module_command("run_personas", words), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=heeds_ctrl_c, start_new_session=True,

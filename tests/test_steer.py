@@ -86,7 +86,7 @@ def test_a_run_writes_every_row_arm_by_arm(finished) -> None:
     assert len({row["id"] for row in rows}) == 15 and all(list(row) == list(rows[0]) for row in rows)
     for name in ("results.jsonl", "references.jsonl", "summary.json", "report.html"):
         assert str(folder / name) in said
-    assert "Dose and response" in said and "runs on it only" in said
+    assert "Dose and response" in said and "Generating on transformers" in said
     assert (folder / "DONE").exists()
 
 
@@ -272,7 +272,30 @@ def bad_inputs(folder: Path, model: Path) -> dict[str, tuple[list[str], list[str
         "project": ([*steer(f"{file}:0:1"), "--project_onto", str(file)], ["--project_onto", "FILE:LAYER"]),
         "project layer": ([*steer(f"{file}:0:1"), "--project_onto", f"{file}:9"], ["--project_onto", "layers 9"]),
         "words": ([*steer(f"{file}:0:1"), "--function_words", str(folder / "one.json")], ["one.json", "two lists"]),
-        "vllm": ([*steer(f"{file}:0:1"), "--backend", "vllm"], ["--backend vllm", "--backend hf"]),
+        "capture": (
+            [*steer(f"{file}:0:1"), "--capture", "x:all", "--backend", "vllm"],
+            ["--capture x:all", "8-12:mean"],
+        ),
+        "kept": (
+            [*steer(f"{file}:0:1"), "--capture", "0:some", "--backend", "vllm"],
+            ["--capture 0:some", "generated"],
+        ),
+        "capture on hf": (
+            [*steer(f"{file}:0:1"), "--capture", "0", "--backend", "hf"],
+            ["--capture", "--backend vllm"],
+        ),
+        "hook point": (
+            [*steer(f"{file}:0:1"), "--capture", "0", "--capture_hook_points", "resid", "--backend", "vllm"],
+            ["--capture_hook_points resid", "resid_pre"],
+        ),
+        "hook points alone": ([*steer(f"{file}:0:1"), "--capture_hook_points", "mlp_out"], ["goes with --capture"]),
+        "parity on hf": ([*steer(f"{file}:0:1"), "--parity", "2", "--backend", "hf"], ["--parity", "--backend vllm"]),
+        "parity where hf is chosen": (
+            [*steer(f"{file}:0:1"), "--parity", "2", "--device", "cpu"],
+            ["--parity", "device is cpu"],
+        ),
+        "no parity": ([*steer(f"{file}:0:1"), "--parity", "0", "--backend", "vllm"], ["--parity 0", "at least 1"]),
+        "compiled": ([*steer(f"{file}:0:1"), "--backend", "vllm", "--compiled"], ["--compiled", "leave it out"]),
         "raw": ([*steer(f"{file}:0:1"), "--raw_prompts", "--system_prompt", "x"], ["--raw_prompts", "--system_prompt"]),
         "no tasks": ([*steer(f"{file}:0:1"), "--num_tasks", "0"], ["--num_tasks 0", "at least 1"]),
     }

@@ -6,9 +6,10 @@ import pytest
 from src.common.model_config import ModelConfigBase
 from src.common.resolved_interventions import ResolvedCondition
 from src.common.rows import Prompt
+from src.models.arms import build_arms, fingerprint_of, random_rotation, specs_of, with_random_directions
 from src.models.language_model import LanguageModel
-from src.steering.arms import build_arms, build_tasks, fingerprint_of, random_rotation, specs_of, with_random_directions
 from src.steering.settings import SteerSettings
+from src.steering.tasks import build_tasks
 from tests.steering_specs import spec, unit, write_tiny_directions
 
 

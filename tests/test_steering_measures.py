@@ -4,17 +4,10 @@ from pathlib import Path
 import pytest
 
 from src.common.errors import InputError
-from src.steering.measures import count_words, distinct_n, read_word_lists, words_of
+from src.steering.measures import count_words, read_word_lists, words_of
 from tests.conftest import ROOT
 
 LISTS = {"french": frozenset(["le", "où", "et"]), "english": frozenset(["the", "and"])}
-
-
-def test_distinct_n_counts_each_ngram_once() -> None:
-    assert distinct_n([1, 2, 3, 4], 1) == distinct_n([1, 2, 3, 4], 2) == 1.0
-    assert distinct_n([7] * 10, 1) == 0.1 and distinct_n([7] * 10, 2) == pytest.approx(1 / 9)
-    assert distinct_n([1, 2, 1, 2, 1], 2) == 0.5
-    assert distinct_n([], 1) is None and distinct_n([1], 2) is None
 
 
 def test_words_are_runs_of_letters_in_lower_case() -> None:

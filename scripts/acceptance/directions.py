@@ -1,7 +1,7 @@
 """
 The full figures of src.extract_directions: layer identity over architectures, a planted direction, a persona direction
-from a persona run. About 15 minutes on two cores:
-uv run python scripts/acceptance/directions.py --output_dir data/experiments/acceptance_directions
+from a persona run, and the same extractions on transformers and on vLLM. About 25 minutes on two cores:
+uv run --extra cpu python scripts/acceptance/directions.py --output_dir data/experiments/acceptance_directions
 """
 
 import argparse
@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 MODEL_ID = "bundled:smollm2-135m"
 COOKING = ROOT / "data/directions/cooking_other"
 ARCHITECTURES = ("llama", "qwen3", "gemma3", "qwen3_moe", "mixtral", "gpt2")
+POSITIONS = ("last_prompt", "token:-2", "mean_prompt")
 TEXTS = ("Why is the sky blue?", "A short one", "Tell me a longer story about the sea, its ships and its weather.")
 
 
@@ -142,11 +143,49 @@ def persona(folder: Path) -> None:
         command("steer", *following.split("src.steer ")[1].split(), "--max_tokens", "48")
 
 
+def backends(folder: Path) -> None:
+    """Every token position on both backends; mean_response with the run of `persona` where that is there."""
+    runs = {position: ["--positive_path", COOKING / "target.jsonl", "--negative_path", COOKING / "control.jsonl",
+                       "--token_position", position] for position in POSITIONS}  # fmt: skip
+    if (folder / "hamlet_run/DONE").exists():
+        runs["mean_response"] = ["--positive_run", folder / "hamlet_run/results.jsonl", "--where", "persona=Hamlet"]
+    lines = []
+    for position, words in runs.items():
+        targets = {name: folder / "backends" / f"{position.replace(':', '_')}_{name}" for name in ("hf", "vllm")}
+        for name, target in targets.items():
+            command(
+                "extract_directions", *words, "--model_id", MODEL_ID, "--dtype", "float32", "--device", "cpu",
+                "--backend", name, "--output_dir", target,
+            )  # fmt: skip
+        lines.append(f"| {position} | {' | '.join(_compared(targets['hf'], targets['vllm']))} |")
+    print("vLLM against transformers, float32, every layer\n")
+    print("| position | rows | least cosine of rows | Δ, share of the norm | least cosine of directions | best layer |")
+    print("|---|---|---|---|---|---|")
+    print("\n".join(lines), flush=True)
+
+
+def _compared(hf: Path, vllm: Path) -> list[str]:
+    import numpy as np
+    import torch
+
+    from src.common.directions_file import read_directions
+    from src.models.residual_store import read_rows, read_shards
+
+    ids = [i for shard in read_shards(hf / "residuals") for i in shard.ids]
+    a, b = (read_rows(run / "residuals", ids) for run in (hf, vllm))
+    cosine = torch.cosine_similarity(a, b, dim=-1).min()
+    difference = ((a - b).norm(dim=-1) / a.norm(dim=-1)).max()
+    found = [read_directions(run / "directions.safetensors") for run in (hf, vllm)]
+    cosines = np.abs((found[0].directions * found[1].directions).sum(axis=-1))[list(found[0].layers_present)]
+    best = " and ".join(str(each.metadata.best_layer) for each in found)
+    return [str(len(ids)), f"{cosine:.7f}", f"{difference:.1e}", f"{cosines.min():.6f}", best]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--model_id", nargs="*", default=[MODEL_ID], help="models whose layers are compared too")
-    parser.add_argument("--parts", nargs="*", default=["identity", "planted", "persona"])
+    parser.add_argument("--parts", nargs="*", default=["identity", "planted", "persona", "backends"])
     arguments = parser.parse_args()
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     if "identity" in arguments.parts:
@@ -155,6 +194,8 @@ def main() -> None:
         planted(arguments.output_dir / "planted")
     if "persona" in arguments.parts:
         persona(arguments.output_dir)
+    if "backends" in arguments.parts:
+        backends(arguments.output_dir)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ peak memory; loading is timed apart. Both stop at an end of sequence; tokens are
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -147,8 +146,10 @@ SIDES = {
 
 
 def report(rows: list[list[list]], seconds: list[float], cpu_seconds: list[float]) -> dict[str, object]:
+    from src.common.provenance import peak_memory_mib
+
     seconds, cpu_seconds = seconds[WARM_UP:], cpu_seconds[WARM_UP:]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_memory_mib()["process"]
     tokens = sum(len(row[0]) for row in rows)
     return {"rows": rows, "seconds": seconds, "cpu_seconds": cpu_seconds, "tokens": tokens, "peak_mib": peak}
 

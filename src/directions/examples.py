@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from src.common.errors import InputError
-from src.common.row_files import Row, csv_rows, json_rows, jsonl_rows, parquet_rows, require_file
+from src.common.json_rows import json_rows
+from src.common.row_files import Row, csv_rows, jsonl_rows, parquet_rows, require_file
 from src.common.rows import Prompt, read_prompts
 from src.directions.settings import DirectionSettings
 

@@ -1,6 +1,8 @@
 """Hidden states of all examples on disk: what is there is kept, what is missing is run."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +10,17 @@ from src.common.errors import InputError
 from src.common.progress import Progress
 from src.directions.settings import DirectionSettings
 from src.directions.source import Source
+from src.models import residuals
 from src.models.devices import FREE_MEMORY_SHARE, free_memory
+from src.models.engine import bounded_context
 from src.models.language_model import LanguageModel
 from src.models.residual_store import LayerReader, ResidualStore
-from src.models.residuals import extract
 from src.models.token_sequences import TokenPosition, TokenSequence
 
 COPIES = 6
 """Of one layer's float32 rows that are held at once: float64 ones of both classes, factors, one of a shuffle."""
+SEQUENCES_AT_ONCE = 256
+"""Sequences in one step of vLLM, whose tokens are bounded too."""
 
 
 def extract_all(
@@ -24,17 +29,20 @@ def extract_all(
     sequences: Sequence[TokenSequence],
     layers: Sequence[int],
     folder: Path,
+    record: Callable[..., None],
 ) -> LayerReader:
     """
     The rows of every sequence at every layer, kept in `folder`; the model is loaded only where some are missing.
 
-    Raises InputError as `extract` does, and when `folder` holds rows of another model or position.
+    facts: the model's, its `backend` being the one to run on. record: called with those of the engine that ran. Raises
+    InputError as `residuals.extract` does, and when `folder` holds rows of another model, position or backend.
     """
     settings = {
         "model_fingerprint": facts["model_fingerprint"],
         "adapter_fingerprint": facts["adapter_fingerprint"],
         "dtype": facts["dtype"],
         "quantization": config.quantization,
+        "backend": facts["backend"],
         "layers": list(layers),
         "hook_point": config.hook_point,
         "token_position": config.token_position,
@@ -42,26 +50,43 @@ def extract_all(
     with ResidualStore(folder, settings) as store:
         missing = list(store.missing(sequences))
         if missing:
-            _run(config, missing, layers, store, n_done=len(sequences) - len(missing))
+            n_done = len(sequences) - len(missing)
+            with _reader(config, facts["backend"], record) as extract, Progress(len(sequences), n_done) as progress:
+
+                def keep(ids: tuple[str, ...], rows: Any) -> None:
+                    store.add(ids, rows)
+                    for _ in ids:
+                        progress.add_row()
+
+                extract(
+                    missing, layers=layers, position=config.token_position, hook_point=config.hook_point, on_rows=keep,
+                    on_tokens=progress.add_tokens,
+                )  # fmt: skip
         store.finish()
     return LayerReader(folder)
 
 
-def _run(
-    config: DirectionSettings, missing: list[TokenSequence], layers: Sequence[int], store: ResidualStore, n_done: int
-) -> None:
-    model = LanguageModel.load(config)
-    with Progress(total=n_done + len(missing), done=n_done) as progress:
+@contextlib.contextmanager
+def _reader(config: DirectionSettings, backend: str, record: Callable[..., None]) -> Iterator[Callable[..., None]]:
+    """`residuals.extract`, or its like on vLLM, bound to the model, which is loaded; `record` gets its facts."""
+    if backend == "hf":
+        model = LanguageModel.load(config)
+        model.context_length = bounded_context(config, model.context_length)
+        record(**model.facts)
+        at_once = config.tokens_per_batch or residuals.TOKENS_PER_BATCH
+        yield partial(residuals.extract, model, tokens_per_batch=at_once)
+        return
+    from src.models import vllm_residuals
+    from src.models.vllm_engine import VLLMEngine
 
-        def keep(ids: tuple[str, ...], rows: Any) -> None:
-            store.add(ids, rows)
-            for _ in ids:
-                progress.add_row()
-
-        extract(
-            model, missing, layers=layers, position=config.token_position, on_rows=keep, hook_point=config.hook_point,
-            tokens_per_batch=config.tokens_per_batch, on_tokens=progress.add_tokens,
-        )  # fmt: skip
+    # Compiled, a model keeps no hidden states.
+    settings: dict[str, Any] = {"enforce_eager": True, "batch_size": SEQUENCES_AT_ONCE}
+    if config.tokens_per_batch:
+        at_once = config.tokens_per_batch
+        settings |= {"max_num_batched_tokens": at_once, "batch_size": min(at_once, SEQUENCES_AT_ONCE)}
+    with VLLMEngine.load(config, **settings) as engine:
+        record(**engine.facts)
+        yield partial(vllm_residuals.extract, engine)
 
 
 def refuse_same_tokens(sequences: Sequence[TokenSequence], position: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from src.directions.settings import DirectionSettings
 
 ASKED_ALIKE = (
-    "adapter_path", "revision", "dtype", "device", "quantization", "trust_remote_code", "system_prompt",
+    "adapter_path", "revision", "dtype", "device", "quantization", "backend", "trust_remote_code", "system_prompt",
     "chat_template", "thinking_mode", "raw_prompts",
 )  # fmt: skip
 """Settings by which the model is the same and asked in the same way."""

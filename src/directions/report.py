@@ -9,6 +9,7 @@ from torch import Tensor
 
 from src.common.html_report import facts, page, plot, table, text_block
 from src.common.jsonl import round_measured
+from src.common.score_plot import score_by_layer
 from src.directions import plots
 from src.directions.examples import Contrast, Example
 from src.directions.scoring import LayerResult
@@ -44,7 +45,7 @@ def report(given: Reported) -> str:
     sections = [
         ("In short", facts(_summary(given))),
         *([("Layers with something missing", text_block("\n".join(problems)))] if problems else []),
-        ("Scores by layer, on held-out examples", plot(plots.score_by_layer(given.rows))),
+        ("Scores by layer, on held-out examples", plot(score_by_layer(given.rows))),
         ("Projections on the first direction", plot(plots.histograms(_histogram_groups(given, present), shown))),
         ("Hidden states", plot(_hidden_states(given, present, shown))),
         ("Cosines between the layers' first directions", plot(_cosines(present))),

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from src.common.directions_file import HOOK_POINTS
+from src.common.engine_config import EngineConfigBase
 from src.common.errors import InputError
 from src.common.intervention_fields import parse_layers
-from src.common.model_config import ModelConfigBase
-from src.common.settings import setting
+from src.common.settings import require_at_least_one, setting
 
 SINGLE = ("mean_difference", "median_of_means", "logistic")
 """Methods that make one direction a layer."""
@@ -21,7 +21,7 @@ SOURCES = ("--positive_path with --negative_path", "--pairs_path", "--positive_r
 
 
 @dataclass(kw_only=True)
-class DirectionSettings(ModelConfigBase):
+class DirectionSettings(EngineConfigBase):
     """Fields of `src.extract_directions`."""
 
     positive_path: str | None = None
@@ -90,8 +90,9 @@ class DirectionSettings(ModelConfigBase):
     """Longer prompts are cut on the left of the user's text; those of a run never."""
     num_tasks: int | None = None
     """Only the first N prompts of each class, or the first N pairs or rows of the run."""
-    tokens_per_batch: int = setting(2048, affects_rows=False)
-    """Tokens run at once; more is faster where there is memory."""
+    tokens_per_batch: int | None = setting(None, affects_rows=False)
+    """Tokens run at once, more is faster where there is memory; 2048 on transformers, on vLLM its own choice, unless
+    given."""
     reduction: str = setting("pca", choices=("pca", "umap"), affects_rows=False)
     """How the report draws the hidden states in two dimensions: pca at every layer, umap at one."""
     report_layer: int | None = setting(None, affects_rows=False)
@@ -99,14 +100,13 @@ class DirectionSettings(ModelConfigBase):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in AT_LEAST_ONE:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"--{name} {value}: expected at least 1")
+        require_at_least_one(self, AT_LEAST_ONE)
         if not 0 < self.val_fraction < 1:
             raise InputError(f"--val_fraction {self.val_fraction}: expected a share between 0 and 1")
         if not 0 < self.winsorize_quantile <= 1:
             raise InputError(f"--winsorize_quantile {self.winsorize_quantile}: expected more than 0, at most 1")
+        if self.compiled:
+            raise InputError("--compiled: a compiled model keeps no hidden states; leave it out")
         if self.logistic_c is not None and not 0 < self.logistic_c < float("inf"):
             raise InputError(f"--logistic_c {self.logistic_c}: expected a positive number, or none")
         self._check_source()

@@ -37,7 +37,7 @@ class Conversations:
         self, config: PersonaSettings, tasks: Sequence[Task], follow_ups: Sequence[Prompt], engine: Engine,
         renderer: PersonaRenderer, spec: ResolvedSpec | None = None, projection: Projection | None = None,
     ) -> None:  # fmt: skip
-        """spec: what acts on every row. projection: what the answers are projected on; the engine runs on hf then."""
+        """spec: what acts on every row. projection: what the answers are projected on."""
         self.config = config
         self.spec = spec
         self.projection = projection
@@ -79,40 +79,23 @@ class Conversations:
                     note(unanswered(row_id), {PROJECTION: None} if self.projection else None)
                 else:
                     requests.append(self._request(row_id, prompt))
-            if self.projection:
-                self._generate_and_project(requests, note, on_tokens)
-            else:
-                self._generate(requests, note, on_tokens)
+            self._generate(requests, note, on_tokens)
 
     def _generate(
-        self,
-        requests: Sequence[GenerationRequest],
-        on_result: Callable[[GenerationResult], None],
-        on_tokens: Callable[[int], None],
-    ) -> None:
-        self.engine.generate(
-            requests,
-            on_result=on_result,
-            on_tokens=on_tokens,
-            batch_size=self.config.batch_size,
-            top_k=self.config.top_k_mass_k,
-        )
-
-    def _generate_and_project(
         self,
         requests: Sequence[GenerationRequest],
         note: Callable[[GenerationResult, Row], None],
         on_tokens: Callable[[int], None],
     ) -> None:
-        """Batch by batch: a row is whole, and written, only when its answer has been run through the model again."""
-        longest_first = sorted(requests, key=lambda r: -len(r.token_ids))
-        for start in range(0, len(longest_first), self.config.batch_size):
-            batch = {request.id: request for request in longest_first[start : start + self.config.batch_size]}
-            results: list[GenerationResult] = []
-            self._generate(list(batch.values()), results.append, on_tokens)
-            projected = self.projection([(batch[result.id], result) for result in results])
-            for result, mean in zip(results, projected, strict=True):
-                note(result, {PROJECTION: mean})
+        settings = {
+            "on_tokens": on_tokens, "batch_size": self.config.batch_size, "top_k": self.config.top_k_mass_k,
+        }  # fmt: skip
+        if self.projection:
+            # A row is whole, and written, only when its answer has been run through the model again.
+            projected = lambda result, mean: note(result, {PROJECTION: mean})  # noqa: E731
+            self.projection.generate(requests, on_result=projected, **settings)
+        else:
+            self.engine.generate(requests, on_result=note, **settings)
 
     def _question(self, task: Task, turn: int) -> str:
         return task.prompt.text if turn == 0 else self.follow_ups[turn - 1].text

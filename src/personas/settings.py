@@ -6,7 +6,7 @@ from pathlib import Path
 from src.common.errors import InputError
 from src.common.experiment_config import WorkerConfigBase
 from src.common.intervention_config import InterventionConfigBase
-from src.common.settings import setting
+from src.common.settings import require_at_least_one, setting
 from src.common.system_prompts import check_style
 
 AT_LEAST_ONE = ("num_tasks", "num_personae", "n_reps", "max_tokens", "batch_size", "top_k_mass_k")
@@ -51,10 +51,7 @@ class PersonaSettings(InterventionConfigBase, WorkerConfigBase):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in AT_LEAST_ONE:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"--{name} {value}: expected at least 1")
+        require_at_least_one(self, AT_LEAST_ONE)
         if self.categories is not None and not self.categories:
             raise InputError("--categories is empty; expected at least one category, or leave it out for all")
         check_style(self.system_prompt_style)

@@ -1,38 +1,61 @@
-"""Asking every prompt in every arm, batch by batch, and measuring the answers; every row is written as it is whole."""
+"""Asking every prompt in every arm, and measuring the answers; every row is written as soon as it is whole."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import date
 
 from src.common.errors import InputError
 from src.common.resolved_interventions import ResolvedSpec
 from src.common.results import Results, row_seed
-from src.models.language_model import LanguageModel
-from src.models.projections import Projection
+from src.models.arms import Arm, specs_of
+from src.models.engine import Engine
+from src.models.projections import Projection, one_place, projection_onto
 from src.models.single_prompts import SinglePromptRenderer
-from src.models.teacher_forcing import kl_per_token
 from src.models.thinking import ThinkingReader
 from src.models.token_sequences import TokenSequence
 from src.models.types import GenerationRequest, GenerationResult
-from src.steering.arms import Task
+from src.steering.kept import Kept
 from src.steering.measures import WordLists
 from src.steering.references import References
 from src.steering.rows import Measured, results_row
 from src.steering.settings import SteerSettings
+from src.steering.tasks import Task
+
+
+def asking_on(
+    engine: Engine, config: SteerSettings, arms: Sequence[Arm], lists: WordLists, today: date, kept: Kept | None = None
+) -> "Asking":
+    """
+    All that the tasks of a run need, on a loaded engine. today: for chat templates with a date. Raises InputError for
+    interventions, a projection or a chat template that does not fit the model.
+    """
+    specs = specs_of(arms, engine, config.seed, config.allow_model_mismatch)
+    projection = projection_onto(config, engine) or Projection(
+        engine, one_place(engine, config.entries()[0], config.allow_model_mismatch)
+    )
+    renderer = SinglePromptRenderer(
+        engine.tokenizer, today, raw=config.raw_prompts, system_prompt=config.system_prompt,
+        chat_template=config.chat_template, thinking=config.thinking_mode,
+    )  # fmt: skip
+    return Asking(config, engine, renderer, specs, projection, lists, kept)
 
 
 class Asking:
     """A loaded model with all that the tasks of a run need."""
 
     def __init__(
-        self, config: SteerSettings, model: LanguageModel, renderer: SinglePromptRenderer,
-        specs: dict[str, ResolvedSpec], projection: Projection, lists: WordLists,
+        self, config: SteerSettings, engine: Engine, renderer: SinglePromptRenderer, specs: dict[str, ResolvedSpec],
+        projection: Projection, lists: WordLists, kept: Kept | None = None,
     ) -> None:  # fmt: skip
+        """kept: where hidden states go, on vLLM."""
         self.config = config
-        self.model = model
+        self.engine = engine
         self.renderer = renderer
         self.specs = specs
         self.projection = projection
         self.lists = lists
-        self.reader = ThinkingReader(model.tokenizer)
+        self.kept = kept
+        self.reader = ThinkingReader(engine.tokenizer)
 
     def run(
         self,
@@ -54,35 +77,50 @@ class Asking:
         place = {prompt_id: i for i, prompt_id in enumerate(dict.fromkeys(task.prompt.id for task in tasks))}
         steered = [task for task in waiting if not task.arm.is_reference]
         steered.sort(key=lambda task: (place[task.prompt.id], task.rep_idx))
-        for some in ([task for task in waiting if task.arm.is_reference], steered):
-            for start in range(0, len(some), self.config.batch_size):
-                for task, result, measured in self._batch(
-                    some[start : start + self.config.batch_size], references, on_tokens
-                ):
-                    if task.arm.is_reference:
-                        references.add(task.row_id, result.token_ids)
-                    results.add(self._row(task, result, measured))
-                    on_row()
+        at_once = self.config.batch_size * self.engine.batches_at_once
+        try:
+            for some in ([task for task in waiting if task.arm.is_reference], steered):
+                for start in range(0, len(some), at_once):
+                    self._ask(some[start : start + at_once], results, references, on_row, on_tokens)
+                    self._flush()
+        finally:
+            # Also on SIGTERM: rows without their captures would be asked again.
+            self._flush()
 
-    def _batch(
-        self, tasks: Sequence[Task], references: References, on_tokens: Callable[[int], None]
-    ) -> list[tuple[Task, GenerationResult, Measured]]:
-        requests = {task.row_id: self._request(task) for task in tasks}
-        results: dict[str, GenerationResult] = {}
-        self.model.generate(
-            list(requests.values()),
-            on_result=lambda result: results.__setitem__(result.id, result),
-            on_tokens=on_tokens,
-            batch_size=self.config.batch_size,
-            top_k=self.config.top_k_mass_k,
+    def request(self, task: Task) -> GenerationRequest:
+        """What a task asks of the engine."""
+        return GenerationRequest(
+            id=task.row_id,
+            token_ids=self.renderer.rendered(task.prompt.text).token_ids,
+            max_tokens=self.config.max_tokens,
+            temperature=self.config.temperature,
+            seed=row_seed(self.config.seed, task.row_id),
+            interventions=self.specs[task.arm.name],
         )
-        ordered = [results[task.row_id] for task in tasks]
-        projections = self.projection([(requests[result.id], result) for result in ordered])
+
+    def _ask(
+        self, tasks: Sequence[Task], results: Results, references: References, on_row: Callable[[], None],
+        on_tokens: Callable[[int], None],
+    ) -> None:  # fmt: skip
+        """Divergences first, since they wait for no answer; then every row as soon as its answer is measured."""
+        by_id = {task.row_id: task for task in tasks}
+        requests = {task.row_id: self._capturing(self.request(task)) for task in tasks}
         divergences = self._divergences(tasks, requests, references)
-        return [
-            (task, result, Measured(kl_per_token=divergences.get(task.row_id), mean_projection=mean))
-            for task, result, mean in zip(tasks, ordered, projections, strict=True)
-        ]
+
+        def note(result: GenerationResult, mean: float | None) -> None:
+            task = by_id[result.id]
+            if task.arm.is_reference:
+                references.add(task.row_id, result.token_ids)
+            measured = Measured(kl_per_token=divergences.get(task.row_id), mean_projection=mean)
+            results.add(self._row(task, result, measured))
+            if self.kept:
+                self.kept.add(requests[result.id], result)
+            on_row()
+
+        self.projection.generate(
+            list(requests.values()), on_result=note, on_tokens=on_tokens, batch_size=self.config.batch_size,
+            top_k=self.config.top_k_mass_k,
+        )  # fmt: skip
 
     def _divergences(
         self, tasks: Sequence[Task], requests: dict[str, GenerationRequest], references: References
@@ -97,18 +135,17 @@ class Asking:
                     id=task.row_id, token_ids=(*prompt, *response), prompt_length=len(prompt)
                 )  # fmt: skip
                 rows[task.row_id] = (sequence, requests[task.row_id].spec)
-        measured = kl_per_token(self.model, list(rows.values()))
+        measured = self.engine.kl_per_token(list(rows.values()))
         return {row_id: kl.mean().item() for row_id, kl in zip(rows, measured, strict=True)}
 
-    def _request(self, task: Task) -> GenerationRequest:
-        return GenerationRequest(
-            id=task.row_id,
-            token_ids=self.renderer.rendered(task.prompt.text).token_ids,
-            max_tokens=self.config.max_tokens,
-            temperature=self.config.temperature,
-            seed=row_seed(self.config.seed, task.row_id),
-            interventions=self.specs[task.arm.name],
-        )
+    def _capturing(self, request: GenerationRequest) -> GenerationRequest:
+        if self.kept is None:
+            return request
+        return replace(request, capture=self.kept.of(len(request.token_ids), self.engine.n_layers))
+
+    def _flush(self) -> None:
+        if self.kept:
+            self.kept.flush()
 
     def _row(self, task: Task, result: GenerationResult, measured: Measured) -> dict[str, object]:
         prompt = self.renderer.rendered(task.prompt.text)
@@ -125,7 +162,7 @@ class Asking:
 
     def _refuse_too_long(self, task: Task) -> None:
         n_tokens = len(self.renderer.rendered(task.prompt.text).token_ids)
-        limit = self.model.context_length
+        limit = self.engine.context_length
         if limit is not None and n_tokens >= limit:
             raise InputError(
                 f"{self.config.prompts_json}: prompt {task.prompt.id!r} has {n_tokens} tokens, and the model's context "

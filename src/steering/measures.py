@@ -1,9 +1,9 @@
-"""What is counted in a response: repetition, and words of given lists."""
+"""What is counted in a response: words of given lists."""
 
 import json
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from src.common.errors import InputError
@@ -11,17 +11,6 @@ from src.common.row_files import read_text, require_file
 
 WORD = re.compile(r"[^\W\d_]+")
 WordLists = Mapping[str, frozenset[str]]
-
-
-def distinct_n(token_ids: Sequence[int], n: int) -> float | None:
-    """
-    Distinct n-grams over all n-grams of the tokens: 1 without repetition, near 0 for a text that goes in circles. None
-    for fewer than n tokens. A sign of coherence that falls with length, so compare answers of one length.
-
-    After Li et al. 2016 (arXiv:1510.03055), who divide by the number of tokens, which is n − 1 more.
-    """
-    grams = [tuple(token_ids[i : i + n]) for i in range(len(token_ids) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else None
 
 
 def words_of(text: str) -> list[str]:

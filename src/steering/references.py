@@ -5,7 +5,7 @@ from pathlib import Path
 from src.common.errors import InputError
 from src.common.jsonl import JsonlWriter, read_jsonl, repair_torn_tail, write_jsonl_atomic
 from src.common.results import Results
-from src.steering.arms import UNSTEERED
+from src.models.arms import UNSTEERED
 
 REFERENCES = "references.jsonl"
 

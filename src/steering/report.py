@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from src.common.html_report import escape, facts, page, plot, table
-from src.steering.arms import Arm
+from src.models.arms import Arm
 from src.steering.summary import SHARE, SHOWN, Summary
 
 if TYPE_CHECKING:
@@ -14,8 +14,9 @@ MOST_PROMPTS = 100
 """Prompts whose responses the report shows; the file holds all."""
 NOTE = (
     "KL per token: of the steered from the unsteered distribution on the unsteered response, KL(unsteered ‖ steered). "
-    "Distinct-2: distinct over all pairs of neighbouring tokens, a sign of coherence. Bars: 95 % intervals over "
-    "prompts."
+    "Distinct-2: distinct over all pairs of neighbouring tokens, a sign of coherence. Projections "
+    "are read behind the interventions: at a layer that is acted on they hold what was put there, so only those at a "
+    "later layer (--project_onto FILE:LAYER) say something of the model. Bars: 95 % intervals over prompts."
 )
 Row = Mapping[str, Any]
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 from src.models.response_fields import MEASURED_FIELDS as RESPONSE_FIELDS
 from src.models.response_fields import response_fields
 from src.models.types import GenerationResult
-from src.steering.arms import Task
-from src.steering.measures import WordLists, count_words, distinct_n
+from src.ops.repetition import distinct_n
+from src.steering.measures import WordLists, count_words
+from src.steering.tasks import Task
 
 if TYPE_CHECKING:
     from src.models.thinking import ThinkingSpan
