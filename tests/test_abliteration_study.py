@@ -1,0 +1,102 @@
+"""The study of a search: what is drawn, what a stop and a second process change of it, and what is refused."""
+
+from pathlib import Path
+
+import optuna
+import pytest
+
+from src.abliteration.search import NOTHING_REMOVED, values
+from src.abliteration.space import Space
+from src.abliteration.study import JOURNAL, Study, open_storage, rows_there
+from src.common.errors import InputError
+from src.common.provenance import command_line, without_secrets
+
+SPACE = Space(n_layers=8, components=("attn", "mlp"), min_weight=0.0, max_weight=1.5)
+N_STARTUP, N_TRIALS = 4, 9
+
+
+def study_in(folder: Path, seed: int = 5, url: str | None = None) -> Study:
+    return Study(open_storage(url, folder, 5.0), "s", n_startup=N_STARTUP, seed=seed)
+
+
+def run(study: Study, until: int) -> None:
+    """Trials, two at a time, until so many are done; of a behaviour that sits in layer 4's feed-forward part."""
+    study.take_back(alone=True)
+    while len(study.done()) < until:
+        asked = study.ask(2, N_TRIALS)
+        plans = [SPACE.draw(trial) for trial in asked]
+        for trial, plan in zip(asked, plans, strict=True):
+            weights = plan.weights(8)
+            damage = sum(abs(w) for name in weights for w in weights[name]) / 20
+            study.tell(trial, {"params": plan.as_params()}, (damage, max(0.0, 1 - weights["mlp"][4])))
+
+
+def params(study: Study) -> list[dict]:
+    return [trial.params for trial in study.done()]
+
+
+def test_a_search_that_was_killed_proposes_what_it_would_have_done(tmp_path: Path) -> None:
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole = study_in(tmp_path / "whole")
+    run(whole, N_TRIALS)
+    for n_done in (2, 6):
+        # Two trials were asked for, one of them drawn, and nobody told.
+        stopped = study_in(tmp_path / "killed")
+        run(stopped, n_done)
+        SPACE.draw(stopped.ask(2, N_TRIALS)[0])
+    again = study_in(tmp_path / "killed")
+    run(again, N_TRIALS)
+    assert params(again) == params(whole)
+    other = study_in(tmp_path, seed=6)
+    run(other, 2)
+    assert params(other)[0] != params(whole)[0]
+
+
+def test_two_processes_that_begin_at_once_draw_different_points(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    trials = [study_in(tmp_path, url=url).ask(2, 20) for _ in range(2)]
+    drawn = [SPACE.draw(trial).as_params()["attn.high"] for some in trials for trial in some]
+    assert len(set(drawn)) == 4
+
+
+def test_a_torn_last_line_is_taken_out(tmp_path: Path) -> None:
+    run(study_in(tmp_path), 2)
+    with (tmp_path / JOURNAL).open("ab") as journal:
+        journal.write(b'{"op_code": 4, "worker_id": "torn')
+    again = study_in(tmp_path)
+    assert len(again.done()) == 2
+    run(again, 4)
+    assert len(study_in(tmp_path).done()) == 4
+
+
+def test_a_study_of_something_else_is_refused(tmp_path: Path) -> None:
+    storage = open_storage(None, tmp_path, 5.0)
+    optuna.create_study(storage=storage, study_name="s").optimize(lambda trial: trial.suggest_float("x", 0, 1), 1)
+    assert rows_there(storage, "s") == []
+    optuna.delete_study(study_name="s", storage=storage)
+    study = optuna.create_study(storage=storage, study_name="s", directions=["minimize", "minimize"])
+    study.optimize(lambda trial: (trial.suggest_float("x", 0, 1), 0.0), 1)
+    with pytest.raises(InputError, match=r"holds trials that are not of src\.abliterate"):
+        study_in(tmp_path).refuse_other({"model_fingerprint": "f"})
+
+
+def test_the_password_of_a_storage_is_nowhere_told(tmp_path: Path) -> None:
+    url = "postgresql://me:hunter2/hunter2@127.0.0.1:1/study"
+    with pytest.raises(InputError) as told:
+        open_storage("nosuch" + url, tmp_path, 5.0)
+    assert "hunter2" not in str(told.value) and "me:" in str(told.value)
+    assert without_secrets({"storage": url, "judge_base_url": "http://localhost:8000/v1", "n": 1}) == {
+        "storage": "postgresql://me:<withheld>@127.0.0.1:1/study", "judge_base_url": "http://localhost:8000/v1",
+        "n": 1,
+    }  # fmt: skip
+    assert command_line(["--storage", url]) == ["--storage", "postgresql://me:<withheld>@127.0.0.1:1/study"]
+
+
+def test_the_sampler_is_told_that_hardly_an_edit_is_no_good() -> None:
+    from src.abliteration.scores import Scores
+
+    told = lambda kl, n: values(Scores(stage="full", kl=kl, behaviour=n, n_behaviour=20), 1.0, 10)  # noqa: E731
+    nothing, half, removed = told(1e-6, 10), told(0.01, 5), told(0.02, 0)
+    assert removed[0] < half[0] < nothing[0] == pytest.approx(NOTHING_REMOVED, abs=1e-5)
+    assert removed == (0.02, 0.0) and nothing[1] == 0.5
