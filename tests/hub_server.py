@@ -27,7 +27,8 @@ def hub_server(root: Path) -> Iterator[str]:
 
         def answer(self, with_body: bool) -> None:
             parts = unquote(self.path.split("?")[0]).strip("/").split("/")
-            parts = parts[2:] if parts[:2] == ["api", "models"] else parts
+            if parts[:1] == ["datasets"] or parts[:2] in (["api", "models"], ["api", "datasets"]):
+                parts = parts[1 + (parts[0] == "api") :]
             folder = root / "/".join(parts[:2])
             if not folder.is_dir():
                 return self.refuse(404, "RepoNotFound")
@@ -36,6 +37,8 @@ def hub_server(root: Path) -> Iterator[str]:
             revision = parts[3] if len(parts) > 3 else "main"
             if revision not in ("main", COMMIT):
                 return self.refuse(404, "RevisionNotFound")
+            if "resolve" in parts and not (folder / "/".join(parts[4:])).is_file():
+                return self.refuse(404, "EntryNotFound")
             if "resolve" in parts:
                 data = (folder / "/".join(parts[4:])).read_bytes()
                 return self.send(data, with_body, {"ETag": f'"{len(data)}"', "X-Repo-Commit": COMMIT})
