@@ -1,13 +1,20 @@
 #!/usr/bin/env bash
-# A real single-node SLURM for tests: root, no systemd, no cgroups, nothing outside one folder.
+# A real SLURM on one machine for tests: root, no systemd, no cgroups, nothing outside one folder.
 # usage: scripts/slurm_local.sh start | stop | status
 #   eval "$(scripts/slurm_local.sh start)"    brings it up, or finds it up, and sets SLURM_CONF for sbatch and the like
 #   SLURM_LOCAL=FOLDER                        where everything lives; default ${TMPDIR:-/tmp}/slurm_local
+#   SLURM_LOCAL_NODES=2                       pretend to be several nodes (a slurmd each; Debian's is built for it)
 set -euo pipefail
 
 folder=$(realpath -m "${SLURM_LOCAL:-${TMPDIR:-/tmp}/slurm_local}")
-daemons=(slurmctld slurmd munged)
 export SLURM_CONF=$folder/slurm.conf
+host=${HOSTNAME%%.*}
+# Once it is up, the file says how many.
+n_nodes=$(sed -n 's/^# nodes: //p' "$SLURM_CONF" 2>/dev/null || true)
+n_nodes=${n_nodes:-${SLURM_LOCAL_NODES:-1}}
+nodes=("$host")
+((n_nodes == 1)) || mapfile -t nodes < <(seq -f "$host-%g" "$n_nodes")
+daemons=(slurmctld "${nodes[@]/#/slurmd-}" munged)
 
 say() { echo "slurm_local.sh: $*" >&2; }
 
@@ -15,12 +22,12 @@ alive() { # DAEMON
   # The command line is compared too: after a crash the number may be another process's, and a zombie has none.
   local pid
   pid=$(cat "$folder/$1.pid" 2>/dev/null) || return
-  tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline" | grep -q "^$1 .*$folder/"
+  tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline" | grep -q "^${1%%-*} .*$folder/"
 }
 
 require_tools() {
   local tool
-  for tool in "${daemons[@]}" mungekey sinfo; do
+  for tool in slurmctld slurmd munged mungekey sinfo; do
     command -v "$tool" >/dev/null && continue
     say "no $tool here; install it: apt-get update && apt-get install -y --no-install-recommends slurm-wlm munge"
     exit 2
@@ -35,28 +42,28 @@ free_port() { # FIRST
 }
 
 write_configuration() {
-  local host memory
-  host=$(uname -n | cut -d. -f1)
+  local memory cpus node port
   memory=$(slurmd -C | grep -o 'RealMemory=[0-9]*' | cut -d= -f2)
+  cpus=$(($(nproc) / n_nodes))
   # cred_expire: a requeued job waits for the old credential to expire, by default 120 s.
   # linuxproc, task/none: the plugins that need no cgroups. cons_tres with memory: arrays start side by side.
   # sched_*, bf_interval, batch_sched_delay: schedule at once, a test does not wait for the next half minute.
   # preempt/partition_prio: a job in `high` requeues one in `main`. filetxt: `sacct --completion` without a database.
   cat >"$SLURM_CONF" <<CONF
+# nodes: $n_nodes
 ClusterName=local
 SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=$(free_port 26817)
-SlurmdPort=$(free_port 36818)
 AuthType=auth/munge
 AuthInfo=socket=$folder/munge.socket,cred_expire=5
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation=$folder/state
-SlurmdSpoolDir=$folder/spool
+SlurmdSpoolDir=$folder/spool-%n
 SlurmctldPidFile=$folder/slurmctld.pid
-SlurmdPidFile=$folder/slurmd.pid
+SlurmdPidFile=$folder/slurmd-%n.pid
 SlurmctldLogFile=$folder/log/slurmctld.log
-SlurmdLogFile=$folder/log/slurmd.log
+SlurmdLogFile=$folder/log/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -77,10 +84,17 @@ MinJobAge=3600
 KillWait=5
 MailProg=/bin/true
 GresTypes=gpu
-NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$((memory - 1000)) Gres=gpu:1 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 CONF
+  # Below the ports that Linux gives to outgoing connections: one of those could be taken with nobody listening.
+  port=27818
+  for node in "${nodes[@]}"; do
+    port=$(free_port "$port")
+    echo "NodeName=$node NodeHostname=$host NodeAddr=127.0.0.1 Port=$port CPUs=$((cpus > 1 ? cpus : 1))" \
+      "RealMemory=$(((memory - 1000) / n_nodes)) Gres=gpu:1 State=UNKNOWN"
+    port=$((port + 1))
+  done >>"$SLURM_CONF"
   # A GPU that is not there: a job that asks for one gets CUDA_VISIBLE_DEVICES=0 and can be tested on any machine.
   echo "Name=gpu Count=1 File=/dev/null" >"$folder/gres.conf"
 }
@@ -92,16 +106,25 @@ start_daemons() {
   alive munged || munged --force --key-file "$folder/munge.key" --socket "$folder/munge.socket" \
     --pid-file "$folder/munged.pid" --log-file "$folder/log/munged.log" --seed-file "$folder/munge.seed"
   # The ports are in the file that running daemons have read.
-  alive slurmctld || alive slurmd || write_configuration
+  alive slurmctld || alive "slurmd-${nodes[0]}" || write_configuration
   alive slurmctld || slurmctld -f "$SLURM_CONF"
-  alive slurmd || slurmd -f "$SLURM_CONF"
+  local node named=()
+  for node in "${nodes[@]}"; do
+    ((n_nodes == 1)) || named=(-N "$node")
+    mkdir -p "$folder/spool-$node"
+    alive "slurmd-$node" || slurmd "${named[@]}" -f "$SLURM_CONF"
+  done
 }
 
-ready() { sinfo --noheader --format %t 2>/dev/null | grep -Eqx 'idle|mix|alloc'; }
+ready() {
+  local up
+  up=$(sinfo --noheader --Node --partition=main --format %t 2>/dev/null | grep -Ecx 'idle|mix|alloc') || return
+  ((up == n_nodes))
+}
 
 start() {
   require_tools
-  mkdir -p "$folder"/{state,spool,log}
+  mkdir -p "$folder"/{state,log}
   # munged refuses a key or socket in a folder that others may write to, whatever the caller's umask.
   chmod 755 "$folder" "$folder/log"
   start_daemons
@@ -110,7 +133,7 @@ start() {
     sleep 0.1
   done
   if ! ready; then
-    say "the node is not up after 15 s; the logs are in $folder/log, their ends:"
+    say "not every node is up after 15 s; the logs are in $folder/log, their ends:"
     tail -n 5 "$folder"/log/*.log >&2
     stop
     exit 1
@@ -120,7 +143,7 @@ start() {
 }
 
 cancel_jobs() {
-  alive slurmctld && alive slurmd || return 0
+  alive slurmctld && alive "slurmd-${nodes[0]}" || return 0
   # slurmstepd, and so the job, would outlive slurmd.
   squeue --noheader --format %A | sort -u | xargs --no-run-if-empty scancel --quiet || true
   for _ in $(seq 100); do
@@ -143,6 +166,7 @@ stop() {
     alive "$daemon" && kill -9 "$(cat "$folder/$daemon.pid")"
     rm -f "$folder/$daemon.pid"
   done
+  rm -f "$SLURM_CONF"
   say "stopped; the logs stay in $folder/log"
 }
 

@@ -1,111 +1,14 @@
 """A real single-node SLURM: it comes up and goes away whole, and hpc/run.slurm keeps its promises on it."""
 
-import json
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
-ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "scripts" / "slurm_local.sh"
-MISSING = [tool for tool in ("slurmctld", "slurmd", "munged", "sbatch") if shutil.which(tool) is None]
-needs_slurm = pytest.mark.skipif(
-    bool(MISSING) or os.geteuid() != 0,
-    reason=f"needs SLURM and root: {'no ' + ', '.join(MISSING) if MISSING else 'not root'}",
-)
-
-# Stands for a command of Tiller: it writes down how it was started, and can be stopped and taken up again.
-PROBE = """
-import json, os, signal, sys, time
-start = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-def write(kind, **values):
-    with open("events.jsonl", "a") as file:
-        file.write(json.dumps({"kind": kind, "start": start, **values}) + "\\n")
-def stop(number, frame):
-    write("signal", name=signal.Signals(number).name)
-    sys.exit(75)
-for each in (signal.SIGUSR1, signal.SIGTERM):
-    signal.signal(each, stop)
-write("start", arguments=sys.argv[1:], cache=os.environ.get("TILLER_CACHE_DIR"))
-if start == 0 and "--exit" in sys.argv:
-    sys.exit(int(sys.argv[sys.argv.index("--exit") + 1]))
-if start == 0 and "--wait" in sys.argv:
-    time.sleep(60)
-"""
-
-
-def slurm_local(action: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "SLURM_LOCAL": str(folder)}
-    return subprocess.run([SCRIPT, action], env=environment, capture_output=True, text=True, timeout=60)
-
-
-def processes_of(folder: Path) -> dict[str, int]:
-    found = {}
-    for process in psutil.process_iter(["name", "cmdline"]):
-        if any(str(folder) in word for word in process.info["cmdline"] or []):
-            found[process.info["name"]] = process.pid
-    return found
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("slurm")
-    started = slurm_local("start", folder)
-    assert started.returncode == 0, started.stderr
-    yield folder
-    slurm_local("stop", folder)
-
-
-class Project:
-    """A repository with one command, `probe`, and the cluster's job scripts."""
-
-    def __init__(self, folder: Path, cluster: Path) -> None:
-        self.folder = folder
-        self.environment = {**os.environ, "SLURM_CONF": str(cluster / "slurm.conf")}
-        self.environment.pop("TILLER_CACHE_DIR", None)
-        shutil.copytree(ROOT / "hpc", folder / "hpc")
-        (folder / "src").mkdir()
-        (folder / "src" / "probe.py").write_text(PROBE)
-        settings = 'runner = ["python3"]\ncache_dir = "/tmp/a cache"\nenvironment = ["export A=b  # fine"]\n'
-        (folder / "hpc" / "cluster.toml").write_text(settings)
-
-    def call(self, *words: str) -> str:
-        done = subprocess.run(
-            words, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=True, timeout=60
-        )
-        return done.stdout.strip()
-
-    def submit(self, *arguments: str, options: tuple[str, ...] = ()) -> str:
-        return self.call("sbatch", "--parsable", "--mem=100", *options, "hpc/run.slurm", "probe", *arguments)
-
-    def field(self, job: str, name: str) -> str:
-        shown = self.call("scontrol", "--oneliner", "show", "job", job)
-        return next(word.removeprefix(f"{name}=") for word in shown.split() if word.startswith(f"{name}="))
-
-    def wait_for(self, job: str, state: str) -> None:
-        deadline = time.monotonic() + 60
-        while self.field(job, "JobState") != state:
-            shown = self.call("scontrol", "show", "job", job)
-            assert time.monotonic() < deadline, f"{shown}\n{self.output(job)}"
-            time.sleep(0.1)
-
-    def wait_for_event(self, kind: str) -> None:
-        deadline = time.monotonic() + 60
-        while kind not in [event["kind"] for event in self.events()]:
-            assert time.monotonic() < deadline, self.events()
-            time.sleep(0.1)
-
-    def events(self) -> list[dict]:
-        path = self.folder / "events.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def output(self, job: str) -> str:
-        return (self.folder / f"slurm-{job}.out").read_text()
+from tests.slurm_cluster import SCRIPT, Project, needs_slurm, processes_of, slurm_local
 
 
 @pytest.fixture
@@ -160,6 +63,8 @@ def test_a_job_that_exits_75_is_queued_again(project: Project) -> None:
     job = project.submit(*arguments)
     project.wait_for(job, "COMPLETED")
     assert project.field(job, "Restarts") == "1"
+    # Without --output_dir it gets one, and keeps it when it is queued again.
+    arguments.append(f"--output_dir=data/experiments/probe-{job}")
     assert project.events() == [
         {"kind": "start", "start": start, "arguments": arguments, "cache": "/tmp/a cache"} for start in (0, 1)
     ]
@@ -207,10 +112,11 @@ def test_a_preempted_job_goes_on_later_and_a_cancelled_one_does_not(project: Pro
 @pytest.mark.slow
 @needs_slurm
 def test_an_array_becomes_workers(project: Project) -> None:
-    project.call("sbatch", "--wait", "--mem=100", "--array=0-2", "hpc/run.slurm", "probe", "--x", "1")
+    given = ("--x", "1", "--output-dir", "o")
+    project.call("sbatch", "--wait", "--mem=100", "--array=0-2", "hpc/run.slurm", "probe", *given)
     started = sorted(event["arguments"] for event in project.events())
-    assert started == [["--x", "1", "--num_workers", "3", "--worker_index", str(i)] for i in range(3)]
-    own = ("--num-workers", "8", "--worker-index", "5")
+    assert started == [[*given, "--num_workers", "3", "--worker_index", str(i)] for i in range(3)]
+    own = ("--num-workers", "8", "--worker-index", "5", "--output_dir=o")
     project.call("sbatch", "--wait", "--mem=100", "--array=1,5", "hpc/run.slurm", "probe", *own)
     assert [event["arguments"] for event in project.events()[3:]] == [list(own)] * 2
     job = project.submit(options=("--array=1,5",))
@@ -239,7 +145,7 @@ def test_a_container_gets_the_arguments_unchanged(project: Project) -> None:
     stub.chmod(0o755)
     with (project.folder / "hpc" / "cluster.toml").open("a") as file:
         file.write(f'container = ["{stub}", "exec", "an image.sif"]\n')
-    job = project.submit("a b", "'")
+    job = project.submit("a b", "'", "--output_dir=o")
     project.wait_for(job, "COMPLETED")
-    assert project.events()[0]["arguments"] == ["a b", "'"]
+    assert project.events()[0]["arguments"] == ["a b", "'", "--output_dir=o"]
     assert (project.folder / "prefixes").read_text() == "apptainer an image.sif\n"
