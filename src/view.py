@@ -1,39 +1,67 @@
 """
-Make an HTML report of run folders: settings, summary, rows, provenance. From the repository root:
+Look at run folders: an HTML report each, a server of reports, or the app. From the repository root:
 uv run -m src.view data/experiments/first_personas
 """
 
-from collections.abc import Mapping
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from src.common.cli import run_command
 from src.common.errors import InputError
-from src.common.files import encode_json, write_text_atomic
-from src.common.html_report import facts, page, table, text_block
-from src.common.jsonl import read_jsonl
-from src.common.run_folder import DONE, read_json, read_run
+from src.common.files import write_text_atomic
+from src.common.run_folder import CONFIG, DONE, read_json
 from src.common.settings import setting
 
-MOST_ROWS = 2000
-REPORT, BESIDE, ROWS, SUMMARY = "report.html", "view.html", "results.jsonl", "summary.json"
+REPORT, BESIDE = "report.html", "view.html"
+APP = Path(__file__).parent / "viz" / "app.py"
 
 
 @dataclass(kw_only=True)
 class ViewConfig:
     """The view"""
 
-    runs: list[Path] = setting(positional=True)
+    runs: list[Path] | None = setting(None, positional=True)
     """Run folders; each gets a report.html, or a view.html beside its own. May stand without the flag."""
+    root: Path | None = None
+    """A folder: all runs below it, in place of naming them; links out of it are not followed."""
+    serve: bool = False
+    """Show the reports at localhost:PORT/NAME.html instead of writing them."""
+    app: bool = False
+    """Open the app, which filters, draws and compares the rows of several runs."""
+    port: int = 8765
+    """Where --serve and --app listen, on 127.0.0.1 only."""
+
+    def __post_init__(self) -> None:
+        if not self.runs and self.root is None:
+            raise InputError("no runs; expected run folders, or --root FOLDER for all runs below it")
+        if self.runs and self.root is not None and not self.app:
+            raise InputError("--root names all runs below it; leave it or the run folders out")
+        if self.serve and self.app:
+            raise InputError("--serve and --app exclude each other; give one of them")
+        if not 1 <= self.port <= 65535:
+            raise InputError(f"--port {self.port}: expected 1 to 65535")
 
 
 def main(config: ViewConfig) -> None:
-    # 1. All folders are looked at before anything is written.
-    reports = {folder / page_name(folder): report(folder) for folder in config.runs}
+    from src.viz.report import report
 
-    # 2. One page in each.
+    # 1. The app finds its runs itself.
+    if config.app:
+        open_app(config)
+        return
+
+    # 2. All folders are looked at before anything is written or shown.
+    folders = chosen_folders(config)
+    if config.serve:
+        serve(folders, config.port)
+        return
+    reports = {folder / page_name(folder): report(folder) for folder in folders}
+
+    # 3. One page in each.
     for path, text in reports.items():
         try:
             write_text_atomic(path, text)
@@ -42,55 +70,80 @@ def main(config: ViewConfig) -> None:
         print(f"wrote {path}  open it in a browser")
 
 
+def chosen_folders(config: ViewConfig) -> list[Path]:
+    """The folders that were named, or all below --root. Raises InputError where there is none."""
+    if config.root is None:
+        return list(config.runs or [])
+    from src.viz.data import find_runs, inside
+    from src.viz.report import is_experiment
+
+    found = [inside(config.root, name) for name in find_runs(config.root).runs]
+    runs = [folder for folder in found if (folder / CONFIG).exists() or is_experiment(folder)]
+    if not runs:
+        raise InputError(f"--root {config.root}: no run folder below it")
+    return runs
+
+
 def page_name(folder: Path) -> str:
     """report.html, or view.html beside a report that the run wrote itself."""
-    own = (folder / DONE).exists() and REPORT in read_json(folder / DONE)["files"]
-    return BESIDE if own else REPORT
+    return BESIDE if has_own_report(folder) else REPORT
 
 
-def report(folder: Path) -> str:
-    """The HTML of one run. Raises InputError where the folder is no run's."""
-    run, provenance = read_run(folder)
-    settings = run["config"]
-    title = " · ".join(str(part) for part in (run["command"], settings.get("model_id"), folder) if part)
-    sections = []
-    if not (folder / DONE).exists():
-        sections.append(("Unfinished", text_block("The run has not finished; what follows is what there is so far.")))
-    if (folder / SUMMARY).exists():
-        sections += summary_sections(read_json(folder / SUMMARY))
-    if (folder / ROWS).exists():
-        rows = [row for _, row in islice(read_jsonl(folder / ROWS, in_progress=True), MOST_ROWS)]
-        sections.append((f"Rows (the first {len(rows)})", table(rows)))
-    sections.append(("Settings", facts(settings)))
-    if (folder / DONE).exists():
-        done = read_json(folder / DONE)
-        sections.append(("Files", table([{"file": name} | about for name, about in done["files"].items()])))
-    sections.append(("Provenance", text_block(encode_json(provenance, indent=2))))
-    return page(title, sections)
+def has_own_report(folder: Path) -> bool:
+    """Whether the run wrote a report itself."""
+    return (folder / DONE).exists() and REPORT in read_json(folder / DONE)["files"]
 
 
-def summary_sections(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """
-    A section for each group of summary.json (group -> name -> measure -> {mean, std, n, …}), a row for each name and
-    measure in it. What has another shape is shown as it is.
-    """
-    sections = []
-    for group, names in summary.items():
-        if isinstance(names, dict) and all(isinstance(measures, dict) for measures in names.values()):
-            sections.append((f"Summary: {group}", table(_summary_rows(names))))
-        else:
-            sections.append((f"Summary: {group}", facts({group: names})))
-    return sections
+def serve(folders: list[Path], port: int) -> None:
+    """Show reports, made anew at each visit, until Ctrl-C; a run's own report as NAME-own.html."""
+    from src.viz.report import check_folder, own_report, report
+    from src.viz.serving import names_of, server
+
+    pages = {}
+    names = names_of(folders)
+    for name, folder in names.items():
+        check_folder(folder)
+        pages[name] = partial(report, folder)
+        if has_own_report(folder):
+            own = f"{name}-own"
+            while own in names:
+                own += "-own"
+            pages[own] = partial(own_report, folder)
+    with server(pages, port) as running:
+        for name in pages:
+            print(f"http://localhost:{port}/{name}.html")
+        print(f"Ctrl-C ends it; from another machine: ssh -L {port}:localhost:{port} THIS_MACHINE", flush=True)
+        running.serve_forever()
 
 
-def _summary_rows(names: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    rows = []
-    for name, measures in names.items():
-        present = {measure: numbers for measure, numbers in measures.items() if numbers is not None}
-        for measure, numbers in present.items():
-            values = numbers if isinstance(numbers, dict) else {"value": numbers}
-            rows.append({"name": name, "measure": measure} | values)
-    return rows
+def open_app(config: ViewConfig) -> None:
+    """Run Streamlit until it ends. Raises InputError for a folder that is not there."""
+    root, names = app_root(config)
+    address = f"http://localhost:{config.port}/" + ("?" + "&".join(f"run={name}" for name in names) if names else "")
+    print(f"the app: {address}  (Ctrl-C ends it)", flush=True)
+    words = [
+        sys.executable, "-m", "streamlit", "run", str(APP), "--server.address", "127.0.0.1", "--server.port",
+        str(config.port), "--server.headless", "true", "--browser.gatherUsageStats", "false", "--", "--root", str(root),
+    ]  # fmt: skip
+    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": str(APP.parents[2])}, check=False)
+    if done.returncode:
+        raise InputError(f"Streamlit ended with {done.returncode}; its own lines above say why")
+
+
+def app_root(config: ViewConfig) -> tuple[Path, list[str]]:
+    """The folder that the app may read, and the runs to open first, as they stand in its address."""
+    from urllib.parse import quote
+
+    from src.viz.data import find_runs, inside
+
+    runs = [path.resolve() for path in config.runs or []]
+    root = (config.root or Path(os.path.commonpath([path.parent for path in runs]))).resolve()
+    found = find_runs(root).runs
+    names = [str(inside(root, str(path)).relative_to(root)) for path in runs]
+    for path, name in zip(runs, names, strict=True):
+        if name not in found:
+            raise InputError(f"{path}: no run folder below {root}; expected a folder with results")
+    return root, [quote(name, safe="/") for name in names]
 
 
 if __name__ == "__main__":
