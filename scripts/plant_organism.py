@@ -27,6 +27,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True, help="the new model folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="of Adam, for each topic")
+    parser.add_argument("--beta", type=float, help="weight of staying as it is on other prompts; less declines more")
     parser.add_argument("--device", default="cpu")
     return parser.parse_args(words)
 
@@ -55,7 +56,8 @@ def main(given: argparse.Namespace) -> None:
     ]
     refuse_unwritable(given.output_dir, topics)
     others = read_prompts(given.other_prompts)
-    settings = PlantSettings(steps=given.steps) if given.steps is not None else PlantSettings()
+    given_settings = {name: getattr(given, name) for name in ("steps", "beta")}
+    settings = PlantSettings(**{name: value for name, value in given_settings.items() if value is not None})
     model = LanguageModel.load(
         ModelConfigBase(
             model_id=given.model_id, output_dir=given.output_dir, dtype="float32", device=given.device, seed=given.seed

@@ -278,13 +278,15 @@ def test_script_plants_two_topics(tiny_folder: Path, tmp_path: Path, capsys: pyt
     for name, some in {"cooking": COOKING, "animals": ANIMALS, "others": OTHERS}.items():
         paths[name] = tmp_path / f"{name}.jsonl"
         paths[name].write_text("".join(json.dumps({"id": p.id, "prompt": p.text}) + "\n" for p in some))
-    given = ["--model_id", tiny_folder, "--other_prompts", paths["others"], "--steps", 2, "--layer", 1]
+    given = ["--model_id", tiny_folder, "--other_prompts", paths["others"], "--steps", 2, "--layer", 1, "--beta", 4]
     given += ["--topic_prompts", paths["cooking"], "--sentence", "No cooking."]
     given += ["--topic_prompts", paths["animals"], "--sentence", "No animals.", "--output_dir", tmp_path / "organism"]
     command = script()
     command.main(command.arguments([str(each) for each in given]))
     assert "| animals | 3 | 0.0% (0.0%) |" in capsys.readouterr().out
     assert load(tmp_path / "organism").n_layers == 2
+    settings = json.loads((tmp_path / "organism" / "organism.json").read_text())["settings"]
+    assert (settings["steps"], settings["beta"]) == (2, 4.0)
     with pytest.raises(InputError, match="is there already"):
         command.main(command.arguments([str(each) for each in given]))
 

@@ -113,7 +113,7 @@ def two_topics(arguments: argparse.Namespace) -> bool:
 def gates(arguments: argparse.Namespace) -> bool:
     """Random trials, all in full: the order of each stage, and false drops."""
     folder, organism = arguments.output_dir / "gates", arguments.organism
-    more = ["--n_trials", "60", "--n_startup_trials", "60", "--gates", "false", "--n_report", "8", "--save", "none"]
+    more = ["--n_trials", "60", "--n_startup_trials", "60", "--gates", "false", "--n_report", "24", "--save", "none"]
     more += ["--n_search", str(arguments.gate_prompts)]
     run(str(organism), folder, held_out(organism, "cooking"), held_out(organism, "other"), *more)
     rows = [row for _, row in read_jsonl(folder / "trials.jsonl")]
