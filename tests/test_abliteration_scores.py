@@ -95,7 +95,12 @@ def test_trials_side_by_side_score_as_each_alone(scorer: Scorer, trials) -> None
 def test_every_stage_is_a_lower_bound_of_the_next(scorer: Scorer, trials) -> None:
     for scores in scorer.score([*trials, {}]):
         assert scores.bounds["odds"] <= scores.bounds["short"] <= scores.behaviour <= scores.shown
-    assert scores.kl == 0 and scores.log_odds == pytest.approx(0, abs=1e-4) and scores.behaviour == 9
+    # Not 0: a processor's products may depend on the rows beside them in the batch.
+    assert (
+        scores.kl == pytest.approx(0, abs=1e-6)
+        and scores.log_odds == pytest.approx(0, abs=1e-4)
+        and scores.behaviour == 9
+    )
 
 
 def test_an_edit_that_leaves_no_numbers_is_told_apart_and_harms_no_other(scorer: Scorer, trials) -> None:

@@ -85,8 +85,15 @@ def test_what_has_no_length_left_stays_finite(norm: str) -> None:
 
 
 def test_a_mix_of_dependent_directions_is_refused() -> None:
-    v = normalize(torch.randn(1, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
-    with pytest.raises(ValueError, match="linearly dependent"):
-        orthonormal_mix(v @ v.mT, torch.ones(1, 2))
+    for seed in range(20):
+        v = normalize(torch.randn(3, 8, generator=torch.Generator().manual_seed(seed)), dim=-1)
+        with pytest.raises(ValueError, match="linearly dependent"):
+            orthonormal_mix(v[:1] @ v[:1].mT, torch.ones(1, 2))
+        v[2] = normalize(v[0] - 0.3 * v[1], dim=-1)
+        with pytest.raises(ValueError, match="linearly dependent"):
+            orthonormal_mix(v @ v.mT, torch.eye(3))
+        v[2] = normalize(v[0] + 0.1 * v[1], dim=-1)
+        mix = orthonormal_mix(v @ v.mT, torch.eye(3)[:, [0, 2]])
+        assert torch.allclose(mix.mT @ v @ v.mT @ mix, torch.eye(2), atol=0.01)
     with pytest.raises(ValueError, match="norm 'l1'"):
         products(torch.eye(8), v, "l1")

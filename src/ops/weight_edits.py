@@ -26,6 +26,9 @@ NORMS = ("none", "column", "row")
 LEAST_LEFT = 1e-12
 """Share of a column's or row's squared length below which nothing is left whose length could be kept."""
 
+LEAST_SINE = 0.01
+"""Of the angle of a direction to the span of others: below it products in float32 say too little of what it adds."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class WeightEdit:
@@ -85,11 +88,14 @@ def products(weight: Tensor, directions: Tensor, norm: str, mask: Tensor | None 
 def orthonormal_mix(gram: Tensor, mix: Tensor) -> Tensor:
     """
     Coefficients (m, k) that turn m directions with Gram matrix `gram` (m, m) into k orthonormal ones spanning what
-    `mix` (m, k) does, in its order (Gram–Schmidt by Cholesky). Raises ValueError where they are linearly dependent.
+    `mix` (m, k) does, in its order (Gram–Schmidt by Cholesky). Raises ValueError where they are linearly dependent, or
+    one is nearer to the span of those before it than float32 directions can tell.
     """
     wanted, known = mix.double(), gram.double()
-    factor, info = torch.linalg.cholesky_ex(wanted.mT @ known @ wanted)
-    if info.item():
+    products_of = wanted.mT @ known @ wanted
+    factor, info = torch.linalg.cholesky_ex(products_of)
+    # A pivot over the vector's own length is the sine of its angle to those before it.
+    if info.item() or (factor.diagonal() < LEAST_SINE * products_of.diagonal().sqrt()).any():
         raise ValueError(f"{mix.shape[1]} directions that are linearly dependent; expected independent ones")
     return torch.linalg.solve_triangular(factor, wanted.mT, upper=False).mT.float()
 
