@@ -345,7 +345,9 @@ def test_the_next_command_asks_the_model_in_the_same_way() -> None:
 
 @pytest.mark.slow
 def test_the_report_draws_one_layer_by_umap(inputs: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    n_threads = torch.get_num_threads()
     extract(*words(inputs, tiny_folder, tmp_path / "out", "--reduction", "umap", "--report_layer", "0"))
+    assert torch.get_num_threads() == n_threads, "what is computed behind it would have other last bits"
     page = (tmp_path / "out" / "report.html").read_text()
     figure = json.loads(re.findall(r'<script type="application/json">(.*?)</script>', page)[2])
     assert figure["layout"]["xaxis"]["title"]["text"] == "UMAP of layer 0, 1"

@@ -10,6 +10,7 @@ from torch import Tensor
 from src.common.html_report import facts, page, plot, table, text_block
 from src.common.jsonl import round_measured
 from src.common.score_plot import score_by_layer
+from src.common.umap_map import umap_coordinates
 from src.directions import plots
 from src.directions.examples import Contrast, Example
 from src.directions.scoring import LayerResult
@@ -95,7 +96,8 @@ def _hidden_states(given: Reported, results: Sequence[LayerResult], shown: int) 
     ]
     ids, sides, texts = [e.id for e in examples], [e.side for e in examples], [_shown_text(e) for e in examples]
     if given.source.config.reduction == "umap":
-        points = {shown: _umap(given.read_layer(shown, ids)[:, 0], seed)}
+        rows = given.read_layer(shown, ids)[:, 0].numpy()
+        points = {shown: torch.from_numpy(umap_coordinates(rows, seed, min(15, len(rows) - 1), init="random"))}
         return plots.scatter(points, sides, texts, shown, f"UMAP of layer {shown},")
     points = {result.layer: _pca(given.read_layer(result.layer, ids)[:, 0]) for result in results}
     return plots.scatter(points, sides, texts, shown, "principal component")
@@ -107,16 +109,6 @@ def _pca(rows: Tensor) -> Tensor:
     factor = left_factor(rows - rows.mean(dim=0), least=1e-6 * float(rows.norm()))
     found = (factor.u * factor.s)[:, :2]
     return torch.cat([found, found.new_zeros(len(rows), 2 - found.shape[1])], dim=1)
-
-
-def _umap(rows: Tensor, seed: int) -> Tensor:
-    """UMAP (McInnes et al. 2018) of rows (n, d): (n, 2)."""
-    import umap
-
-    neighbours = min(15, len(rows) - 1)
-    return torch.from_numpy(
-        umap.UMAP(n_neighbors=neighbours, random_state=seed, n_jobs=1, init="random").fit_transform(rows.numpy())
-    )
 
 
 def _cosines(results: Sequence[LayerResult]) -> Any:

@@ -7,6 +7,7 @@ import numpy as np
 
 from src.common.errors import InputError
 from src.common.row_hash import choose_rows
+from src.common.umap_map import umap_coordinates
 from src.embedding.row_fields import rows_with_fields
 from src.embedding.shards_reading import FLOATS, Embeddings
 from src.ops.top_rows import unit_rows
@@ -82,11 +83,7 @@ def reduce(
     der Maaten and Hinton 2008) from a PCA start, or the first two principal components; Euclidean distances.
     """
     if method == "umap":
-        from umap import UMAP
-
-        # With a seed UMAP runs on one thread; saying so keeps it from warning.
-        reducer = UMAP(n_neighbors=n_neighbors, min_dist=min_dist, random_state=seed, n_jobs=1)
-        return np.asarray(reducer.fit_transform(vectors), dtype=np.float64), {}
+        return umap_coordinates(vectors, seed, n_neighbors, min_dist=min_dist), {}
     if method == "tsne":
         from sklearn.manifold import TSNE
 
