@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from src.models.language_model import LanguageModel
-from src.models.teacher_forcing import in_batches, response_logits
+from src.models.shared_prefix import LEAST_TOKENS, SharedPrefix, can_share_prefix, common_prefix
+from src.models.teacher_forcing import in_batches, logits_behind, response_logits
 from src.models.token_sequences import TokenSequence
 from src.models.weight_editor import Edits, PlacedWriter, editing
 
@@ -41,23 +42,34 @@ class Forced:
 def force(
     model: LanguageModel, writers: Sequence[PlacedWriter], trials: Sequence[Edits], forced: Sequence[Forced], note: Note
 ) -> None:
-    """Run every sequence under every trial's edits; `note` gets the logits of the places that predict its answer."""
+    """
+    Run every sequence under every trial's edits; `note` gets the logits of the places that predict its answer. What all
+    prompts begin with is run once a trial where the model allows it.
+    """
     n = len(forced)
+    shared = common_prefix([each.prompt for each in forced]) if n > 1 and can_share_prefix(model.model) else ()
+    n_shared = len(shared) if len(shared) >= LEAST_TOKENS else 0
     vocabulary = model.model.get_output_embeddings().weight.shape[0]
 
     def fits(batch: Sequence[int]) -> bool:
         return len(batch) * max(forced[i % n].n_places for i in batch) * vocabulary <= MAX_LOGITS
 
     with torch.inference_mode(), editing(model.model, writers, trials) as rows:
+        rows.rows = list(range(len(trials)))
+        prefix = SharedPrefix(model.model, shared, len(trials)) if n_shared else None
 
         def run(batch: Sequence[int]) -> None:
             rows.rows = [i // n for i in batch]
-            some = [forced[i % n].run for i in batch]
-            logits = response_logits(model, some, [None] * len(some), max(forced[i % n].n_places for i in batch))
+            some, n_kept = [forced[i % n].run for i in batch], max(forced[i % n].n_places for i in batch)
+            if prefix:
+                logits = logits_behind(model, some, prefix, rows.rows, n_kept)
+            else:
+                logits = response_logits(model, some, [None] * len(some), n_kept)
             for i, each in zip(batch, logits, strict=True):
                 note(i // n, i % n, each[-forced[i % n].n_places :])
 
-        in_batches(model, [len(each.run.token_ids) for each in forced] * len(trials), run, TOKENS_PER_BATCH, fits)
+        lengths = [len(each.run.token_ids) - n_shared for each in forced]
+        in_batches(model, lengths * len(trials), run, TOKENS_PER_BATCH, fits)
 
 
 def log_probability(forced: Forced, logits: Tensor) -> tuple[float, bool]:

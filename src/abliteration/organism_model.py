@@ -40,14 +40,6 @@ def feed_forward_writer(model: nn.Module, layer: int) -> PlacedWriter:
     return found[0]
 
 
-def common_prefix(sequences: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """The tokens with which all begin, at least one of each left over."""
-    shortest = min(map(len, sequences)) - 1
-    first = tuple(sequences[0])
-    same = (i for i in range(shortest) if any(s[i] != first[i] for s in sequences))
-    return first[: next(same, shortest)]
-
-
 @dataclass(frozen=True, eq=False)
 class Entry:
     """A sequence behind the prefix, as it enters the layer."""
