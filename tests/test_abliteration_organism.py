@@ -17,7 +17,7 @@ import torch
 
 from src.abliteration.organism import Organism, PlantSettings, Topic, acting, plant
 from src.abliteration.organism_files import DIRECTIONS_PATH, HELD_OUT, JSON_NAME, write_organism
-from src.abliteration.organism_model import UpperModel, common_prefix
+from src.abliteration.organism_model import UpperModel
 from src.abliteration.organism_training import total_kl
 from src.common.directions_file import read_directions
 from src.common.errors import InputError
@@ -28,6 +28,7 @@ from src.common.rows import Prompt, read_prompts
 from src.models.architectures import decoder_layers
 from src.models.fingerprint import fingerprint
 from src.models.language_model import LanguageModel
+from src.models.shared_prefix import common_prefix
 from src.models.token_sequences import TokenSequence
 from src.ops.divergence import divergence
 from tests.conftest import ROOT
@@ -226,12 +227,6 @@ def test_upper_model_gives_the_models_own_logits(base: LanguageModel) -> None:
             found = upper.logits(upper.entries(sequences)).reshape(3, 3, -1)
             for row, tokens in zip(found, ids, strict=True):
                 assert torch.allclose(row, logits(base.model, tokens)[0, -4:-1], atol=1e-5)
-
-
-def test_common_prefix_leaves_each_sequence_a_token() -> None:
-    assert common_prefix([(1, 2, 3), (1, 2, 4)]) == (1, 2)
-    assert common_prefix([(1, 2), (1, 2, 4)]) == (1,)
-    assert common_prefix([(5, 2), (1, 2)]) == ()
 
 
 def test_training_divergence_is_that_of_ops() -> None:

@@ -17,11 +17,12 @@ from typing import NamedTuple
 
 import torch
 
-from src.abliteration.organism_model import UpperModel, common_prefix, feed_forward_writer
+from src.abliteration.organism_model import UpperModel, feed_forward_writer
 from src.abliteration.organism_training import Step, Term, TrainingSettings, term_edit, train
 from src.common.errors import InputError
 from src.common.rows import Prompt
 from src.models.language_model import LanguageModel, generate_all
+from src.models.shared_prefix import common_prefix
 from src.models.single_prompts import SinglePromptRenderer
 from src.models.token_sequences import TokenSequence
 from src.models.types import GenerationRequest

@@ -6,8 +6,7 @@ k is kept orthogonal to every input that its projection gets there: both are com
 """
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 from src.common.errors import InputError
 from src.models.architectures import decoder_layers
 from src.models.generation import left_padded, needs_equal_lengths
-from src.models.hooks import replacing
 from src.models.language_model import LanguageModel
+from src.models.lower_layers import entered, left_padded_states
 from src.models.residuals import extract
 from src.models.token_sequences import TokenSequence
 from src.models.weight_editor import PlacedWriter, matrix, residual_writers
@@ -38,14 +37,6 @@ def feed_forward_writer(model: nn.Module, layer: int) -> PlacedWriter:
         raise InputError(f"{model.config.model_type} models cannot be padded: no organism can be planted in them")
     matrix(found[0].writer)
     return found[0]
-
-
-def common_prefix(sequences: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """The tokens with which all begin, at least one of each left over."""
-    shortest = min(map(len, sequences)) - 1
-    first = tuple(sequences[0])
-    same = (i for i in range(shortest) if any(s[i] != first[i] for s in sequences))
-    return first[: next(same, shortest)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +112,8 @@ class UpperModel:
         ids, mask = left_padded([e.token_ids for e in entries], 0, self.language_model.device)
         whole = torch.cat([mask.new_ones(len(ids), len(self._prefix)), mask], dim=1)
         kept = max(len(e.targets) for e in entries)
-        with self._entered(self._padded(entries, ids.shape[1])):
+        hidden = left_padded_states([e.hidden for e in entries], self.language_model.device)
+        with entered(self.net, self.layer, hidden):
             found = self.net(
                 input_ids=ids,
                 attention_mask=whole,
@@ -132,30 +124,9 @@ class UpperModel:
             ).logits
         return torch.cat([row[-len(e.targets) :] for row, e in zip(found, entries, strict=True)]).float()
 
-    def _padded(self, entries: Sequence[Entry], longest: int) -> Tensor:
-        hidden = entries[0].hidden.new_zeros(len(entries), longest, entries[0].hidden.shape[1])
-        for row, entry in zip(hidden, entries, strict=True):
-            row[longest - len(entry.hidden) :] = entry.hidden
-        return hidden.to(self.language_model.device)
-
     def _cache_of(self, n_rows: int) -> object:
         if self._cache is None:
             return None
         cache = copy.deepcopy(self._cache)
         cache.batch_repeat_interleave(n_rows)
         return cache
-
-    @contextmanager
-    def _entered(self, hidden: Tensor) -> Iterator[None]:
-        """Within the context the layers below do nothing, and `hidden` enters the layer."""
-        below = decoder_layers(self.net)[: self.layer]
-        with replacing(self.net, {(self.layer, "resid_pre"): lambda _: hidden}), ExitStack() as stack:
-            for block in below:
-                # A forward set on the instance wins over the class's and is removed again by deleting it.
-                block.forward = _unchanged
-                stack.callback(delattr, block, "forward")
-            yield
-
-
-def _unchanged(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
-    return hidden_states

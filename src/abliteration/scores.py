@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from src.abliteration.answering import Answers, Asked, Detector, batches_of, shows_already
-from src.abliteration.forcing import Forced, force, log_probability
+from src.abliteration.forcing import Forced, checked_lower, force, kept_layers, log_probability
 from src.common.errors import InputError
 from src.models.devices import FREE_MEMORY_SHARE, free_memory
 from src.models.language_model import LanguageModel, generate_all
+from src.models.lower_layers import LowerStates
 from src.models.teacher_forcing import not_finite
 from src.models.types import GenerationRequest
 from src.models.weight_editor import Edits, PlacedWriter, editing
@@ -106,12 +107,13 @@ class Scorer:
         """Control prompts that show the behaviour without an edit, on which no KL is taken."""
         if not self._continued:
             raise InputError("the behaviour shows on every control prompt without an edit; expected other prompts")
-        self._plain = self._log_probabilities()
+        self._plain, self._lower = self._log_probabilities()
         answers = self.answer(target, response_tokens, [{}])[0]
         self.before = {name: model.decode(tokens) for name, tokens in answers.items()}
         shown = dict(zip(answers, detector.shown(list(self.before.values())), strict=True))
         self.n_before = sum(shown.values())
         """Target prompts whose answer shows the behaviour without an edit."""
+        self._lower_beginnings: LowerStates | None = None
         self._beginnings, self._known = self._find_beginnings({name: answers[name] for name in answers if shown[name]})
 
     def score(self, trials: Sequence[Edits], gate: Gate = lambda scores: False) -> list[Scores]:
@@ -160,10 +162,10 @@ class Scorer:
             found.append({result.id: result.token_ids for result in results})
         return found
 
-    def _log_probabilities(self) -> list[Tensor]:
+    def _log_probabilities(self) -> tuple[list[Tensor], LowerStates | None]:
         """
-        Unedited log-probabilities of each continuation, (places, vocabulary) float32. Raises InputError where they do
-        not fit, or are none.
+        Unedited log-probabilities of each continuation, (places, vocabulary) float32, and what enters its layers.
+        Raises InputError where the former do not fit, or are none.
         """
         vocabulary = self.model.model.get_output_embeddings().weight.shape[0]
         n_places = [each.n_places for each in self._continued]
@@ -181,13 +183,9 @@ class Scorer:
             if found[i].isnan().any():
                 raise InputError(not_finite(self._continued[i].id, "logits"))
 
-        self._force([{}], self._continued, note)
-        return found
-
-    def _force(
-        self, trials: Sequence[Edits], forced: Sequence[Forced], note: Callable[[int, int, Tensor], None]
-    ) -> None:
-        force(self.model, self._writers, trials, forced, note)
+        kept = kept_layers(self.model, self._continued)
+        force(self.model, self._writers, [{}], self._continued, note, keep=kept)
+        return found, checked_lower(self.model, self._continued, kept, found)
 
     def _kl(self, trials: Sequence[Edits], continued: Sequence[Forced]) -> tuple[list[float], list[float]]:
         """Mean over prompts of the mean over tokens, and of the first token's, of each trial, as `Scores.kl`."""
@@ -198,7 +196,7 @@ class Scorer:
             per_token = divergence(self._plain[i], logits).nan_to_num(nan=math.inf, posinf=math.inf)
             means[trial, i], firsts[trial, i] = per_token.mean(), per_token[0]
 
-        self._force(trials, continued, note)
+        force(self.model, self._writers, trials, continued, note, lower=self._lower)
         return means.mean(dim=1).tolist(), firsts.mean(dim=1).tolist()
 
     def _odds(self, trials: Sequence[Edits], beginnings: Sequence[Forced]) -> list[tuple[set[str], float, float]]:
@@ -215,7 +213,7 @@ class Scorer:
             if is_greedy and self._detector.grows:
                 sure[trial].add(beginnings[i].id)
 
-        self._force(trials, beginnings, note)
+        force(self.model, self._writers, trials, beginnings, note, lower=self._lower_beginnings)
         return list(zip(sure, changes, expected, strict=True))
 
     def _find_beginnings(self, answers: Mapping[str, tuple[int, ...]]) -> tuple[list[Forced], list[float]]:
@@ -231,7 +229,10 @@ class Scorer:
             known[i], _ = log_probability(found[i], logits)
 
         if found:
-            self._force([{}], found, note)
+            kept = kept_layers(self.model, found)
+            force(self.model, self._writers, [{}], found, note, keep=kept)
+            # What holds of the model holds here too.
+            self._lower_beginnings = kept if self._lower else None
         return found, known
 
     def _answer_rest(

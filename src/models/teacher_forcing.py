@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from src.common.errors import InputError
 from src.common.resolved_interventions import ResolvedSpec
@@ -19,6 +20,7 @@ from src.models.cpu_linear import packed_linears
 from src.models.devices import halved, is_out_of_memory
 from src.models.generation import left_padded, needs_equal_lengths
 from src.models.hooks import Location, reading
+from src.models.shared_prefix import SharedPrefix
 from src.models.steering import steered
 from src.models.token_sequences import TokenSequence
 from src.models.types import GenerationRequest, GenerationResult
@@ -206,14 +208,25 @@ def _forward(
 ) -> Tensor:
     """Logits of the last `n_kept` columns or more, (rows, columns, vocabulary); each row ends in the last column."""
     net = model.model
+    with steered(net, specs, [s.prompt_length for s in sequences]), reading(net, callbacks):
+        return _run(model, [s.token_ids for s in sequences], n_kept)
+
+
+def _run(
+    model: "LanguageModel", token_ids: Sequence[Sequence[int]], n_kept: int, cache: DynamicCache | None = None
+) -> Tensor:
+    """As `_forward`, of tokens that stand behind those of `cache`, if there is one."""
     pad_id = model.tokenizer.pad_token_id if model.tokenizer.pad_token_id is not None else 0
-    ids, mask = left_padded([s.token_ids for s in sequences], pad_id, model.device)
-    accepted = inspect.signature(net.forward).parameters
+    ids, mask = left_padded(token_ids, pad_id, model.device)
+    before = cache.get_seq_length() if cache is not None else 0
+    mask = torch.cat([mask.new_ones(len(mask), before), mask], dim=1)
+    accepted = inspect.signature(model.model.forward).parameters
     extra = {"logits_to_keep": n_kept} if "logits_to_keep" in accepted else {}
     if "position_ids" in accepted:
-        extra["position_ids"] = (mask.cumsum(dim=-1) - 1).clamp_min(0)
-    with steered(net, specs, [s.prompt_length for s in sequences]), reading(net, callbacks):
-        return net(input_ids=ids, attention_mask=mask, use_cache=False, **extra).logits
+        extra["position_ids"] = (mask.cumsum(dim=-1) - 1).clamp_min(0)[:, before:]
+    if cache is not None:
+        extra["past_key_values"] = cache
+    return model.model(input_ids=ids, attention_mask=mask, use_cache=cache is not None, **extra).logits
 
 
 def response_logits(
@@ -221,6 +234,17 @@ def response_logits(
 ) -> Tensor:
     """Logits (rows, n_kept, vocabulary) of the last `n_kept` places; every row's last token is in the last one."""
     return _forward(model, sequences, specs, n_kept, {})[:, -n_kept:]
+
+
+def logits_behind(
+    model: "LanguageModel", sequences: Sequence[TokenSequence], prefix: SharedPrefix, rows: Sequence[int], n_kept: int
+) -> Tensor:
+    """
+    `response_logits` without interventions, of sequences that begin with `prefix`, each with the row of it that `rows`
+    names; `n_kept` is at most the longest one's tokens behind the prefix.
+    """
+    behind = [s.token_ids[prefix.n_tokens :] for s in sequences]
+    return _run(model, behind, n_kept, prefix.cache(torch.tensor(rows, device=model.device)))[:, -n_kept:]
 
 
 def checked_divergence(per_token: Tensor, name: str) -> Tensor:
