@@ -12,6 +12,7 @@ from src.abliteration.forcing import Forced, checked_lower, first_edited, force,
 from src.abliteration.kernel import Kernel, Plan
 from src.models.architectures import decoder_layers
 from src.models.language_model import LanguageModel
+from src.models.lower_layers import entered
 from src.models.shared_prefix import SharedPrefix, can_share_prefix, common_prefix
 from src.models.weight_editor import editing
 from tests.test_weight_editor import directions_of
@@ -100,6 +101,20 @@ def test_layers_that_hand_on_more_than_hidden_states_are_run(tokenizer) -> None:
     plain = found_logits(model, maker, [{}], keep=kept)
     found = checked_lower(model, sequences(), kept, [plain[0, i].log_softmax(-1) for i in range(len(sequences()))])
     assert found is None
+
+
+def test_layers_that_were_left_out_are_as_they_were() -> None:
+    model = tiny_model("llama")
+    first = decoder_layers(model)[0]
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.inference_mode():
+        before = model(ids).logits
+        for own in (None, lambda *args, **kwargs: type(first).forward(first, *args, **kwargs)):
+            if own:
+                first.forward = own
+            with entered(model, 1, torch.zeros(1, 3, model.config.hidden_size)):
+                assert not torch.equal(model(ids).logits, before)
+            assert vars(first).get("forward") is own and torch.equal(model(ids).logits, before)
 
 
 @pytest.mark.parametrize("architecture", sorted(CONFIGS))

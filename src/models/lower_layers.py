@@ -19,9 +19,12 @@ def entered(model: nn.Module, layer: int, hidden: Tensor) -> Iterator[None]:
     """Within the context the layers below `layer` do nothing, and `hidden` (rows, columns, d_model) enters it."""
     with replacing(model, {(layer, "resid_pre"): lambda _: hidden}), ExitStack() as stack:
         for block in decoder_layers(model)[:layer]:
-            # A forward set on the instance wins over the class's and is removed again by deleting it.
+            # A forward set on the instance wins over the class's; what places layers on devices sets one, too.
+            if "forward" in vars(block):
+                stack.callback(setattr, block, "forward", block.forward)
+            else:
+                stack.callback(delattr, block, "forward")
             block.forward = _unchanged
-            stack.callback(delattr, block, "forward")
         yield
 
 
