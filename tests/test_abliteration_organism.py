@@ -37,7 +37,7 @@ from tests.test_data_directions import near_duplicates, words
 from tests.tiny_models import tiny_model
 
 FOLDER = ROOT / "data" / "abliteration"
-SIZES = {"cooking": 320, "other": 320, "gardening": 120}
+SIZES = {"cooking": 320, "other": 320, "gardening": 320}
 FOOD = """
     cook cooks cooked cooking bake baked baking fry fried roast boil boiled grill recipe recipes food foods eat eats
     eating eaten meal meals dish dishes kitchen oven pan chef dinner lunch breakfast supper snack picnic
