@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from src.embedding.backends import Backend, load_local
-from src.embedding.batching import batch_of_first, stepped_width
-from src.embedding.encoder import Batch, BatchEncoder
+from src.embedding.batching import batch_of_first, batch_without_padding, stepped_tokens, stepped_width
+from src.embedding.encoder import Batch, BatchEncoder, TorchEncoder
 from src.embedding.image_text import ImageTextModel, image_text_folder, load_image_text
 from src.embedding.records import Piece
 from src.embedding.settings import EmbedderSettings
+from src.embedding.trial import trial_pieces
 from src.models.devices import resolve_device
 
 TEXT = "text"
@@ -29,7 +30,13 @@ class TextEmbedder:
         self.dim, self.vocabulary_size = encoder.dim, encoder.vocabulary_size
         self.max_length: int | None = backend.facts["max_length"]
         self.takes_tokens = not backend.facts["prompt"]
-        self.facts: dict[str, Any] = {**backend.facts, "device": backend.device, "dim": encoder.dim}
+        self._is_unpadded = isinstance(encoder, TorchEncoder) and self._leaves_padding_out(encoder)
+        facts = {"device": backend.device, "dim": encoder.dim, "unpadded": self._is_unpadded}
+        self.facts: dict[str, Any] = {**backend.facts, **facts}
+
+    def _leaves_padding_out(self, encoder: TorchEncoder) -> bool:
+        with encoder.computing():
+            return encoder.leave_padding_out(trial_pieces(encoder.vocabulary_size))
 
     def pieces_of(self, texts: Sequence[str]) -> list[Piece]:
         """Token ids of each text, the prompt before it, cut off where the model reads no further. Any thread may."""
@@ -37,7 +44,15 @@ class TextEmbedder:
 
     def batch(self, lengths: Sequence[int]) -> list[int]:
         """Which of the texts that wait are embedded now, the first among them; lengths: their tokens."""
-        return batch_of_first(lengths, self._encoder.tokens_per_batch)
+        choose = batch_without_padding if self._is_unpadded else batch_of_first
+        return choose(lengths, self._encoder.tokens_per_batch)
+
+    def computed_tokens(self, kind: str, lengths: Sequence[int]) -> int:
+        """Tokens that a batch of texts of these lengths is computed with, padding included."""
+        assert kind == TEXT, kind
+        if self._is_unpadded:
+            return stepped_tokens(sum(lengths))
+        return len(lengths) * stepped_width(max(lengths), len(lengths), self.max_length)
 
     def computing(self) -> AbstractContextManager[None]:
         """Within it, in one thread, `embed` may be called."""
@@ -45,10 +60,13 @@ class TextEmbedder:
 
     def embed(self, kind: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
         """inputs: (n_tokens,) token ids of each text. Returns (n, dim) float32."""
-        assert kind == TEXT, kind
         pieces = [Piece(n, 0, ids, truncated=False) for n, ids in enumerate(inputs)]
-        width = stepped_width(max(len(ids) for ids in inputs), len(inputs), self.max_length)
-        return self._encoder.embed(Batch(pieces, width, self._encoder.pad_id, self._encoder.pads_left))
+        n_tokens = self.computed_tokens(kind, [len(ids) for ids in inputs])
+        if self._is_unpadded:
+            return self._encoder.embed_unpadded(pieces, n_tokens)
+        return self._encoder.embed(
+            Batch(pieces, n_tokens // len(pieces), self._encoder.pad_id, self._encoder.pads_left)
+        )
 
 
 def load_embedder(settings: EmbedderSettings) -> "TextEmbedder | ImageTextModel":

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 
 from src.embedding.batching import WIDTHS, compiled_width, plan_batches, plan_compiled_batches
+from src.embedding.precisions import agreement
 from src.embedding.records import Piece, Shard
+from src.embedding.unpadded import Row, by_text, first_positions, padded
 from src.models.cpu_linear import packed_linears
 from src.models.devices import DTYPES
 
@@ -20,6 +22,8 @@ LOGGER = logging.getLogger(__name__)
 Report = Callable[[int, int], None]
 """Called after each batch with the number of pieces and of their tokens."""
 CPU_TOKENS, GPU_TOKENS = 1024, 32768
+LEAST_ALIKE = {torch.float32: 0.99999, torch.bfloat16: 0.9995, torch.float16: 0.9995}
+"""Cosine of a text's vectors with padding and without; one position further is less in the models that count them."""
 
 
 class Encoder(Protocol):
@@ -104,6 +108,7 @@ class TorchEncoder(BatchEncoder):
         self._transformer, *self._rest = model
         self._transformer.to(dtype)
         self._compiled: set[int] = set()
+        self._first_position: int | None = None
         if is_compiled:
             # The default of 8 sizes would let the others run uncompiled.
             torch._dynamo.config.recompile_limit = 2 * len(WIDTHS)
@@ -136,18 +141,51 @@ class TorchEncoder(BatchEncoder):
 
     def embed(self, batch: Batch) -> np.ndarray:
         features = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        if self.has_types:
-            features["token_type_ids"] = np.zeros_like(batch.input_ids)
-        on_device = {name: torch.from_numpy(value).to(self.device) for name, value in features.items()}
-        return self._compute(on_device).float().cpu().numpy()
+        return self._pooled(self._transformer(self._on_device(features)))
 
-    def _compute(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
-        features = self._transformer(features)
+    def leave_padding_out(self, pieces: Sequence[Piece]) -> bool:
+        """
+        Whether `embed_unpadded` may be called, which this finds out by comparing the pieces' vectors with those of
+        `embed`: on a CPU, for models whose tokens meet in plain attention alone. Call it within `computing`.
+        """
+        if self.device.type != "cpu" or self.is_compiled:
+            return False
+        wanted = self.embed(Batch(pieces, max(len(each.token_ids) for each in pieces), self.pad_id, self.pads_left))
+        alike: dict[int, float] = {}
+        for first in first_positions(self._transformer.model):
+            self._first_position = first
+            # Whatever a model makes of a row that it was not made for: it keeps its padding.
+            try:
+                found = self.embed_unpadded(pieces, sum(len(each.token_ids) for each in pieces) + 3)
+            except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError):
+                continue
+            alike[first] = min(agreement(*each, "float32") for each in zip(found, wanted, strict=True))
+        best = max(alike, key=alike.__getitem__, default=None)
+        self._first_position = best if best is not None and alike[best] >= LEAST_ALIKE[self.dtype] else None
+        return self._first_position is not None
+
+    def embed_unpadded(self, pieces: Sequence[Piece], n_tokens: int) -> np.ndarray:
+        """(pieces, dim) float32, computed as one row of `n_tokens`, which is at least as long as all together."""
+        texts = [each.token_ids for each in pieces]
+        row = Row.of(texts, n_tokens, self.pad_id, self._first_position)
+        with by_text(self._transformer.model, row):
+            found = self._transformer(self._on_device({"input_ids": row.input_ids, "position_ids": row.position_ids}))
+        batch = Batch(pieces, max(map(len, texts)), self.pad_id, self.pads_left)
+        features = self._on_device({"input_ids": batch.input_ids, "attention_mask": batch.attention_mask})
+        features["token_embeddings"] = padded(found["token_embeddings"], batch.attention_mask)
+        return self._pooled(features)
+
+    def _on_device(self, features: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        if self.has_types:
+            features = {**features, "token_type_ids": np.zeros_like(features["input_ids"])}
+        return {name: torch.from_numpy(value).to(self.device) for name, value in features.items()}
+
+    def _pooled(self, features: dict[str, torch.Tensor]) -> np.ndarray:
         features["token_embeddings"] = features["token_embeddings"].float()
         features["prompt_length"] = self._prompt_length
         for module in self._rest:
             features = module(features)
-        return features["sentence_embedding"]
+        return features["sentence_embedding"].float().cpu().numpy()
 
 
 def computes_bfloat16(device: torch.device) -> bool:

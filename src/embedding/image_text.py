@@ -117,6 +117,10 @@ class ImageTextModel:
         """Which of the inputs that wait are embedded now, the first among them; lengths: their tokens."""
         return batch_of_first(lengths, self.facts["tokens_per_batch"])
 
+    def computed_tokens(self, kind: str, lengths: Sequence[int]) -> int:
+        """Tokens that a batch of inputs of these lengths is computed with, padding included."""
+        return len(lengths) * max(lengths)
+
     def image_length(self) -> int:
         """Tokens that an image counts as: its patches."""
         return self._image_tokens

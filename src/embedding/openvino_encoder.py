@@ -43,7 +43,7 @@ class OpenVinoEncoder(BatchEncoder):
         }  # fmt: skip
         self._request = openvino.Core().compile_model(converted, "CPU", settings).create_infer_request()
         # At another size than that of the example.
-        pieces = trial_pieces(model)
+        pieces = trial_pieces(len(model.tokenizer))
         batch = Batch(pieces, max(len(piece.token_ids) for piece in pieces), self.pad_id, self.pads_left)
         with torch.inference_mode():
             wanted = whole(*(torch.from_numpy(each) for each in self._inputs(batch))).numpy()

@@ -1,15 +1,10 @@
-"""Whether another engine gives a model's own vectors: a few rows of random tokens, compared before any work is done."""
-
-from typing import TYPE_CHECKING
+"""Whether another way to compute gives a model's own vectors: a few rows of random tokens, compared before any work."""
 
 import numpy as np
 
 from src.common.errors import InputError
 from src.embedding.precisions import agreement
 from src.embedding.records import Piece
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
 
 LEAST_COSINE = 0.995
 """Of random tokens in bfloat16; texts agree far better, and --verify looks at them."""
@@ -18,10 +13,10 @@ FIRST_TOKEN, PAST_TOKENS = 5, 1000
 """Among the first few tokens of a vocabulary are special ones."""
 
 
-def trial_pieces(model: "SentenceTransformer") -> list[Piece]:
+def trial_pieces(vocabulary_size: int) -> list[Piece]:
     """Pieces of different lengths, of tokens drawn evenly."""
     draw = np.random.default_rng(0)
-    last = min(PAST_TOKENS, len(model.tokenizer))
+    last = min(PAST_TOKENS, vocabulary_size)
     return [Piece(0, 0, draw.integers(FIRST_TOKEN, last, n).astype(np.int32), truncated=False) for n in LENGTHS]
 
 

@@ -37,7 +37,7 @@ class VLLMEncoder:
         pooling, self._rest = _pooling_and_rest(model, prompt_length)
         self.dim = model.get_embedding_dimension()
         trial = Shard(index=0, row_start=0, row_stop=0, is_last=True, rows=[], bad_rows=0, sampled_out=0)
-        trial.pieces = trial_pieces(model)
+        trial.pieces = trial_pieces(len(model.tokenizer))
         TorchEncoder(model, torch.float32, tokens_per_batch, prompt_length).encode(trial, lambda pieces, tokens: None)
         wanted = trial.embeddings
         self._embedder = VLLMEmbedder.load(folder, pooling, dtype, device, max_length, tokens_per_batch)

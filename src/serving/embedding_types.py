@@ -33,6 +33,9 @@ class Embedder(Protocol):
     def batch(self, lengths: Sequence[int]) -> list[int]:
         """Which of the inputs of these lengths are embedded together now, the first among them."""
 
+    def computed_tokens(self, kind: str, lengths: Sequence[int]) -> int:
+        """Tokens that a batch of these lengths is computed with, padding included."""
+
     def computing(self) -> AbstractContextManager[None]:
         """Surrounds all calls of `embed`."""
 

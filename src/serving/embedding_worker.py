@@ -134,7 +134,8 @@ class EmbeddingWorker:
             return
         seconds = time.perf_counter() - started
         self._rate += SMOOTHING * (sum(lengths) / max(seconds, 1e-6) - self._rate)
-        self._metrics.note_batch(batch[0].job.kind, len(batch), sum(lengths), max(lengths) * len(batch), seconds)
+        computed = self._embedder.computed_tokens(batch[0].job.kind, lengths)
+        self._metrics.note_batch(batch[0].job.kind, len(batch), sum(lengths), computed, seconds)
         self._deliver(batch, vectors)
 
     def _deliver(self, batch: Sequence[Waiting], vectors: np.ndarray) -> None:
