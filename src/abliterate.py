@@ -68,7 +68,6 @@ def abliterate(config: AbliterateConfig, run: Run, split: dict[str, Any]) -> Non
     from src.abliteration.outcome import Outcome, conclude
     from src.abliteration.search import search
     from src.abliteration.space import Space
-    from src.models.cpu_linear import packed_linears
     from src.models.language_model import LanguageModel
     from src.models.loading import resolve
     from src.models.saving import check_savable
@@ -93,7 +92,7 @@ def abliterate(config: AbliterateConfig, run: Run, split: dict[str, Any]) -> Non
     if config.storage:
         # Before anything is asked; a study in the run's own folder is guarded by the folder's settings.
         open_study(config, run).refuse_other(about)
-    with no_grad(), packed_linears(model.model):
+    with preparation.computing(config, model):
         protocol = Protocol(
             prompts=report_prompts(split, renderer), detector=detector, kl_tokens=config.kl_tokens,
             response_tokens=config.response_tokens, batch_size=config.batch_size,
@@ -149,13 +148,6 @@ def write_trials(run: Run, study: Any) -> None:
     from src.abliteration.study import row_of, written
 
     write_jsonl_atomic(run.path(TRIALS), [written(row_of(trial)) for trial in study.done()])
-
-
-def no_grad() -> Any:
-    """Torch's context, imported late."""
-    import torch
-
-    return torch.inference_mode()
 
 
 def input_files(config: AbliterateConfig) -> list[Path]:

@@ -5,15 +5,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from src.abliteration.detectors import detector_of
 from src.abliteration.evaluation import Protocol, Reference, Rows, answer, further, measures, report_prompts, rows_of
+from src.abliteration.preparation import computing
 from src.abliteration.prompts import Split
 from src.abliteration.settings import AbliterateSettings
 from src.common.errors import InputError
 from src.common.runs import Run
-from src.models.cpu_linear import packed_linears
 from src.models.language_model import LanguageModel
 from src.models.single_prompts import SinglePromptRenderer
 
@@ -26,7 +24,7 @@ def compare(config: AbliterateSettings, run: Run, split: Mapping[str, Split]) ->
     before = LanguageModel.load(config)
     run.record(**before.facts)
     protocol = _protocol(config, run, split, before)
-    with torch.inference_mode(), packed_linears(before.model):
+    with computing(config, before):
         reference = Reference(before, protocol, keep=True)
         more = [further(config, before, protocol)]
     del before
@@ -34,7 +32,7 @@ def compare(config: AbliterateSettings, run: Run, split: Mapping[str, Split]) ->
     after = LanguageModel.load(replace(config, model_id=config.edited_model_id, adapter_path=None, revision=None))
     run.record(**{f"edited_{name}": value for name, value in after.facts.items()})
     _refuse_other_tokens(config, protocol, _protocol(config, run, split, after))
-    with torch.inference_mode(), packed_linears(after.model):
+    with computing(config, after):
         answers = answer(after, protocol)
         rows = rows_of(reference, answers, reference.kl(after))
         more.append(further(config, after, protocol))

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from src.common.errors import InputError
 from src.common.row_files import read_text
 from src.common.secrets import without_passwords
 from src.common.system_prompts import PLAIN
+from src.models.compiling import compiled_norms
+from src.models.cpu_linear import packed_linears
 from src.models.language_model import LanguageModel
 
 LOGGER = logging.getLogger(__name__)
@@ -38,6 +41,17 @@ N_STRONGEST = 3
 """Of these the ones that a search begins at."""
 LEAST_KL = 0.005
 """Nats per token, added before dividing by it: below it differences say little."""
+
+
+@contextmanager
+def computing(config: AbliterateSettings, model: LanguageModel) -> Iterator[None]:
+    """
+    How all numbers that are compared with one another come about: without gradients, on packed weights, and with
+    --compile by compiled parts. Raises InputError where there is nothing to compile, or nothing to compile with.
+    """
+    compiled = compiled_norms(model.model) if config.compile else nullcontext()
+    with torch.inference_mode(), packed_linears(model.model), compiled:
+        yield
 
 
 def own_directions(config: AbliterateSettings, path: Any, model: LanguageModel) -> Directions:

@@ -131,6 +131,9 @@ class AbliterateSettings(ModelConfigBase):
     """Ask templates that know it for thinking before the answer."""
     batch_size: int = setting(64, affects_rows=False)
     """Rows decoded at once, fewer where memory is short."""
+    compile: bool = setting(False, affects_rows=False)
+    """Compile the model's norms, each into one kernel; needs a C++ compiler. On a CPU that saved nothing, on a GPU it
+    was not measured."""
     num_tasks: int | None = None
     """Only the first N prompts of each kind."""
 
