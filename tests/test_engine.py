@@ -6,8 +6,11 @@ import pytest
 
 from src.common.engine_config import EngineConfigBase
 from src.common.errors import InputError
-from src.models.engine import bounded_context, choose_backend, load_engine
+from src.common.interventions import Window
+from src.models.engine import bounded_context, choose_backend, load_engine, refuse_unsupported
+from src.models.types import GenerationRequest
 from tests.conftest import ROOT
+from tests.steering_specs import spec
 
 
 def config(**settings: object) -> EngineConfigBase:
@@ -65,3 +68,32 @@ def test_what_only_vllm_has_is_not_ignored(flag: dict) -> None:
 def test_settings_that_cannot_be_are_refused(settings: dict, words: str) -> None:
     with pytest.raises(InputError, match=words):
         config(**settings)
+
+
+# A prompt of 4 tokens and at most 3 generated: positions 0 to 5 go through the model.
+@pytest.mark.parametrize(
+    ("positions", "acts"),
+    [
+        ("all", True), ("generated", True), ("last_prompt", True), (Window(start=5), True), (Window(start=6), False),
+        (Window(start=9, end=20), False), (Window(start=-1, end=2), False), (Window(start=-1, end=4), True),
+        (Window(start=-9, end=-8), False), (Window(start=-9, end=-3), True),
+    ],
+)  # fmt: skip
+def test_interventions_that_can_act_nowhere_are_refused(positions: str | Window, acts: bool) -> None:
+    add = {"op": "add", "coefficient": 1.0}
+    some = spec(add, {**add, "positions": positions})
+    request = GenerationRequest(id="r", token_ids=(5, 6, 7, 8), max_tokens=3, interventions=some)
+    if acts:
+        return refuse_unsupported([request], None)
+    with pytest.raises(InputError, match=r"request 'r': add at layer 0 is to act on positions .*6 positions"):
+        refuse_unsupported([request], None)
+
+
+def test_a_single_token_is_generated_before_anything_generated_is_steered() -> None:
+    some = spec({"op": "add", "coefficient": 1.0, "positions": "generated"})
+    request = GenerationRequest(id="r", token_ids=(5, 6), max_tokens=1, interventions=some)
+    with pytest.raises(InputError, match="positions 2 to the end, of which there are none"):
+        refuse_unsupported([request], None)
+    # Of answers that are given some have one token, and are scored as they are.
+    given = GenerationRequest(id="r", token_ids=(5, 6), max_tokens=1, interventions=some, prompt_length=2)
+    refuse_unsupported([given], None)

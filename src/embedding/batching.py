@@ -14,8 +14,9 @@ BATCHES_COST = 160
 WIDTH_STEP = 4
 """Batches that differ all the time have multiples of so many tokens, padding included: oneDNN makes kernels for every
 number of tokens of a batch, 3 ms and 2 MB for a small model, and keeps 1,024 of them."""
-ROW_STEP, SMALL_ROW = 16, 256
-"""The same of batches without padding; twice that from SMALL_ROW tokens on."""
+ROW_STEP = 16
+"""The same of batches without padding, at least; longer ones have steps of a quarter of the power of two below them, so
+that 20 sizes reach 1,024, and a model's kernels for them fit into what the server lets oneDNN keep."""
 
 
 def plan_batches(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
@@ -63,7 +64,7 @@ def stepped_width(length: int, rows: int, most: int | None) -> int:
 
 def stepped_tokens(n_tokens: int) -> int:
     """What a row of so many tokens without padding is filled up to, for the same reason."""
-    step = ROW_STEP if n_tokens < SMALL_ROW else 2 * ROW_STEP
+    step = max(ROW_STEP, 1 << max(0, (n_tokens - 1).bit_length() - 3))
     return -(-n_tokens // step) * step
 
 

@@ -190,18 +190,35 @@ def refuse_unsupported(
     no_captures: str | None = None,
 ) -> None:
     """
-    Raises InputError for a request whose prompt alone fills the context, and for one that asks for interventions or a
-    capture where there is a reason why not.
+    Raises InputError for a request whose prompt alone fills the context, for one with interventions that can act on
+    none of its positions, and for one that asks for interventions or a capture where there is a reason why not.
     """
     for request in requests:
         if request.spec and no_interventions:
             raise InputError(f"request {request.id!r} asks for interventions: {no_interventions}")
+        _refuse_idle(request)
         if request.capture is not None and no_captures:
             raise InputError(f"request {request.id!r} asks for a capture: {no_captures}")
         if context_length and len(request.token_ids) >= context_length:
             raise InputError(
                 f"request {request.id!r}: its prompt has {len(request.token_ids)} tokens and the model's context "
                 f"{context_length}; shorten the prompt or take a model with a longer context"
+            )
+
+
+def _refuse_idle(request: GenerationRequest) -> None:
+    """Steering that does nothing would be reported as steering without effect. A given answer is as long as it is."""
+    if request.prompt_length is not None:
+        return
+    n_positions = len(request.token_ids) + request.max_tokens - 1
+    for operation in request.spec.operations if request.spec else ():
+        start, end = operation.window(request.boundary)
+        if start >= (n_positions if end is None else min(end, n_positions)):
+            told = f"positions {start} to {'the end' if end is None else end - 1}"
+            raise InputError(
+                f"request {request.id!r}: {operation.op} at layer {operation.layer} is to act on {told}, of which "
+                f"there are none: with a prompt of {request.boundary} tokens and --max_tokens {request.max_tokens}, "
+                f"{n_positions} positions, counted from 0, go through the model (the last generated token does not)"
             )
 
 
