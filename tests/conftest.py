@@ -230,7 +230,7 @@ def run_module() -> Callable[..., subprocess.CompletedProcess]:
 
     def run(command: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            module_command(command, arguments), cwd=ROOT, text=True, capture_output=True, timeout=300,
+            module_command(command, arguments), cwd=ROOT, text=True, capture_output=True, timeout=1200,
             env={**os.environ, **environment},
         )  # fmt: skip
 
