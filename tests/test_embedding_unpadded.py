@@ -84,19 +84,108 @@ def _batch(encoder: TorchEncoder, pieces: list[Piece]) -> Any:
     return Batch(pieces, max(len(each.token_ids) for each in pieces), encoder.pad_id, encoder.pads_left)
 
 
-def test_models_whose_tokens_meet_elsewhere_keep_their_padding(tmp_path: Path) -> None:
-    from transformers import BertConfig, ModernBertConfig, MPNetConfig
+def odd_configs() -> dict[str, Any]:
+    from transformers import (
+        CLIPTextConfig,
+        LlamaConfig,
+        ModernBertConfig,
+        MPNetConfig,
+        Phi3Config,
+        PhimoeConfig,
+        Qwen2MoeConfig,
+    )  # fmt: skip
 
-    # Attention within a window, which no short trial would show; attention by relative position of the whole row.
-    window = ModernBertConfig(**SMALL, pad_token_id=0, local_attention=64, global_attn_every_n_layers=2)
-    small = {name: value for name, value in SMALL.items() if name != "initializer_range"}
-    for number, config in enumerate((window, MPNetConfig(**small, initializer_range=0.3))):
-        encoder = encoder_of(tmp_path / str(number), config)
-        with encoder.computing():
-            assert not encoder.leave_padding_out(trial_pieces(encoder.vocabulary_size)), type(config)
+    groups = {"num_key_value_heads": 2}
+    longrope = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 64}
+    return {
+        # Windows that attention is told of, and those that only its mask is told of: no short text would show them.
+        "modernbert": ModernBertConfig(**SMALL, pad_token_id=0, local_attention=64, global_attn_every_n_layers=2),
+        "phimoe": PhimoeConfig(**SMALL, **groups, sliding_window=30, num_local_experts=2, pad_token_id=0),
+        "qwen2_moe": Qwen2MoeConfig(
+            **SMALL, **groups, sliding_window=30, use_sliding_window=True, layer_types=["sliding_attention"] * 2,
+            num_experts=2, num_experts_per_tok=1, moe_intermediate_size=32, shared_expert_intermediate_size=32,
+            pad_token_id=0,
+        ),
+        # Relative positions in all of the row.
+        "mpnet": MPNetConfig(**SMALL),
+        # Frequencies by the longest text of the row.
+        "dynamic": LlamaConfig(
+            **SMALL, **groups, pad_token_id=0,
+            rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+        ),
+        "longrope": Phi3Config(
+            **SMALL, **groups, pad_token_id=0, original_max_position_embeddings=64,
+            rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, **longrope},
+        ),
+        # Refuses rows longer than its positions.
+        "clip": CLIPTextConfig(**{**SMALL, "initializer_range": 0.02}, pad_token_id=0),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("prompt_length", [0, 14, 25])
+@pytest.mark.parametrize("name", ["modernbert", "phimoe", "qwen2_moe", "mpnet", "dynamic", "longrope", "clip"])
+def test_models_whose_tokens_meet_elsewhere_keep_their_padding(tmp_path: Path, name: str, prompt_length: int) -> None:
+    encoder = encoder_of(tmp_path, odd_configs()[name])
+    encoder._prompt_length, attention = prompt_length, encoder._transformer.model.config._attn_implementation
+    # A prompt that pooling leaves out must not leave all of a trial out.
+    encoder._rest[0].include_prompt = False
+    with encoder.computing():
+        assert not encoder.leave_padding_out(trial_pieces(encoder.vocabulary_size))
+        vectors = encoder.embed(_batch(encoder, pieces_of([40, 60])))
+    assert np.isfinite(vectors).all() and encoder._prompt_length == prompt_length
+    assert encoder._transformer.model.config._attn_implementation == attention
+
+
+def test_compiled_models_keep_their_padding(tmp_path: Path) -> None:
+    from transformers import BertConfig
+
     compiled = encoder_of(tmp_path / "bert", BertConfig(**SMALL))
     compiled.is_compiled = True
     assert not compiled.leave_padding_out(trial_pieces(compiled.vocabulary_size))
+
+
+@pytest.fixture(scope="module")
+def roberta(tmp_path_factory: pytest.TempPathFactory) -> TorchEncoder:
+    encoder = encoder_of(tmp_path_factory.mktemp("roberta"), configs()["roberta"][0])
+    with encoder.computing():
+        assert encoder.leave_padding_out(trial_pieces(encoder.vocabulary_size))
+    return encoder
+
+
+def test_a_padding_token_within_a_text_is_counted_as_the_model_does(roberta: TorchEncoder) -> None:
+    pieces = pieces_of([20, 30])
+    pieces[0].token_ids[7] = pieces[1].token_ids[0] = 3
+    with roberta.computing():
+        found, plain = roberta.embed_unpadded(pieces, 64), roberta.embed(_batch(roberta, pieces))
+    assert ((found * plain).sum(axis=1) > 1 - 1e-6).all()
+
+
+def test_rows_may_be_filled_up_by_more_than_there_are_positions(roberta: TorchEncoder) -> None:
+    pieces = pieces_of([50, 50])
+    with roberta.computing():
+        found, plain = roberta.embed_unpadded(pieces, 1024), roberta.embed(_batch(roberta, pieces))
+    assert ((found * plain).sum(axis=1) > 1 - 1e-6).all()
+
+
+def test_one_long_text_does_not_make_many_short_ones_wide(
+    roberta: TorchEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces, sizes = pieces_of([100, *[3] * 120, 50]), []
+    monkeypatch.setattr(roberta, "_pooled", lambda features, own=roberta._pooled: sizes.append(
+        features["token_embeddings"].shape[:2].numel()) or own(features))  # fmt: skip
+    with roberta.computing():
+        found = roberta.embed_unpadded(pieces, 512)
+        alone = np.concatenate([roberta.embed(_batch(roberta, [each])) for each in pieces])
+    assert ((found * alone).sum(axis=1) > 1 - 1e-6).all()
+    # Padded to one width they were 122 × 100.
+    assert sum(sizes) - sum(len(each.token_ids) for each in pieces) < 1000
+
+
+@pytest.mark.parametrize("told", [{"local_size": 30}, {"use_vmap": True}])
+def test_masks_of_more_than_padding_are_refused(told: dict[str, Any]) -> None:
+    assert unpadded._no_mask(1, 2, local_size=None, use_vmap=False) is None
+    with pytest.raises(NotByText):
+        unpadded._no_mask(1, 2, **told)
 
 
 @pytest.mark.parametrize(
@@ -131,12 +220,17 @@ def test_rows_and_back(lengths: list[int], rest: int, first: int) -> None:
     texts = [each.token_ids for each in pieces]
     row = Row.of(texts, sum(lengths) + rest, 7, first)
     assert row.input_ids.shape == row.position_ids.shape == (1, sum(lengths) + rest)
-    assert row.ends[-1] == sum(lengths) + rest
+    starts = [run.start for run in row.runs]
+    assert sum(run.n_texts * run.length for run in row.runs) == sum(lengths) + rest
+    assert starts == sorted(set(starts)) and starts[0] == 0
     mask = np.zeros((len(lengths), max(lengths)), dtype=np.int64)
     for each, length in zip(mask, lengths, strict=True):
         each[:length] = 1
-    back = padded(torch.from_numpy(row.input_ids)[..., None].float(), mask)[..., 0]
+    n = sum(lengths)
+    back = padded(torch.from_numpy(row.input_ids[0, :n, None]), mask)[..., 0]
     for found, text in zip(back, texts, strict=True):
         assert found[: len(text)].tolist() == text.tolist() and not found[len(text) :].any()
-    places = padded(torch.from_numpy(row.position_ids)[..., None].float(), mask)[..., 0]
+    # A model with positions from 3 on has 2 for padding, which no text here holds.
+    places = padded(torch.from_numpy(row.position_ids[0, :n, None]), mask)[..., 0]
     assert all(found[:n].tolist() == list(range(first, first + n)) for found, n in zip(places, lengths, strict=True))
+    assert (row.position_ids[0, n:] == first).all()

@@ -7,7 +7,7 @@ import pytest
 from src.common.engine_config import EngineConfigBase
 from src.common.errors import InputError
 from src.common.interventions import Window
-from src.models.engine import bounded_context, choose_backend, load_engine, refuse_unsupported
+from src.models.engine import bounded_context, choose_backend, load_engine, refuse_idle, refuse_unsupported
 from src.models.types import GenerationRequest
 from tests.conftest import ROOT
 from tests.steering_specs import spec
@@ -94,6 +94,8 @@ def test_a_single_token_is_generated_before_anything_generated_is_steered() -> N
     request = GenerationRequest(id="r", token_ids=(5, 6), max_tokens=1, interventions=some)
     with pytest.raises(InputError, match="positions 2 to the end, of which there are none"):
         refuse_unsupported([request], None)
-    # Of answers that are given some have one token, and are scored as they are.
+    with pytest.raises(InputError, match="at most 1 more"):
+        refuse_idle(request)
+    # Of answers that are given some have one token, and are run as they are.
     given = GenerationRequest(id="r", token_ids=(5, 6), max_tokens=1, interventions=some, prompt_length=2)
     refuse_unsupported([given], None)

@@ -218,6 +218,20 @@ def test_a_finished_run_asks_nothing_again_and_other_settings_are_refused(finish
         evaluate(*arguments(inputs, tiny_folder), "--output_dir", folder, "--max_tokens", "7")
 
 
+def test_letters_cannot_be_steered_by_what_acts_on_generated_tokens(inputs: Path, tiny_folder: Path, tmp_path) -> None:
+    """A letter is one token, and nothing generated comes before it: the doses would be told to have no effect."""
+    add = {
+        "directions_path": str(inputs / "d.safetensors"), "layers": "1", "op": "add", "coefficient": 5.0,
+        "positions": "generated",
+    }  # fmt: skip
+    (tmp_path / "spec.json").write_text(json.dumps([add]))
+    with pytest.raises(InputError, match=r"positions .* of which there are none"):
+        evaluate(
+            "--model_id", tiny_folder, "--device", "cpu", "--backend", "hf", "--tasks", inputs / "quiz.jsonl",
+            "--interventions_path", tmp_path / "spec.json", "--output_dir", tmp_path / "out",
+        )  # fmt: skip
+
+
 def test_doses_change_the_answers_and_the_unsteered_arm_does_not(inputs: Path, tiny_folder: Path, tmp_path) -> None:
     some = [
         "--model_id", tiny_folder, "--device", "cpu", "--backend", "hf", "--tasks", inputs / "words.jsonl",

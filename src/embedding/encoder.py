@@ -3,17 +3,18 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
-from src.embedding.batching import WIDTHS, compiled_width, plan_batches, plan_compiled_batches
+from src.embedding.batching import WIDTHS, compiled_width, plan_batches, plan_compiled_batches, stepped_tokens
 from src.embedding.precisions import agreement
 from src.embedding.records import Piece, Shard
 from src.embedding.unpadded import Row, by_text, first_positions, padded
 from src.models.cpu_linear import packed_linears
 from src.models.devices import DTYPES
+from src.models.generation import needs_equal_lengths
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -148,31 +149,50 @@ class TorchEncoder(BatchEncoder):
         Whether `embed_unpadded` may be called, which this finds out by comparing the pieces' vectors with those of
         `embed`: on a CPU, for models whose tokens meet in plain attention alone. Call it within `computing`.
         """
-        if self.device.type != "cpu" or self.is_compiled:
+        model: Any = self._transformer.model
+        # Parts with configurations of their own may each attend in another way.
+        if self.device.type != "cpu" or self.is_compiled or model.config.sub_configs or needs_equal_lengths(model):
             return False
-        wanted = self.embed(Batch(pieces, max(len(each.token_ids) for each in pieces), self.pad_id, self.pads_left))
-        alike: dict[int, float] = {}
-        for first in first_positions(self._transformer.model):
-            self._first_position = first
-            # Whatever a model makes of a row that it was not made for: it keeps its padding.
-            try:
-                found = self.embed_unpadded(pieces, sum(len(each.token_ids) for each in pieces) + 3)
-            except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError):
-                continue
-            alike[first] = min(agreement(*each, "float32") for each in zip(found, wanted, strict=True))
-        best = max(alike, key=alike.__getitem__, default=None)
-        self._first_position = best if best is not None and alike[best] >= LEAST_ALIKE[self.dtype] else None
+        # The vector of a text that is all prompt would be zero whatever the model did.
+        prompt_length, self._prompt_length = self._prompt_length, 0
+        alike = {first: self._alike(pieces, first) for first in first_positions(model)}
+        self._prompt_length = prompt_length
+        best = max(alike, key=alike.__getitem__)
+        self._first_position = best if alike[best] >= LEAST_ALIKE[self.dtype] else None
         return self._first_position is not None
+
+    def _alike(self, pieces: Sequence[Piece], first_position: int) -> float:
+        """The least cosine of the pieces' vectors with padding and without, in a row as long as rows become."""
+        self._first_position = first_position
+        n_tokens = sum(len(each.token_ids) for each in pieces) + 3
+        # Whatever a model makes of a row that it was not made for: it keeps its padding.
+        try:
+            wanted = self.embed(Batch(pieces, max(len(each.token_ids) for each in pieces), self.pad_id, self.pads_left))
+            found = self.embed_unpadded(pieces, max(n_tokens, stepped_tokens(self.tokens_per_batch)))
+        except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError):
+            return -1.0
+        return min(agreement(*each, "float32") for each in zip(found, wanted, strict=True))
 
     def embed_unpadded(self, pieces: Sequence[Piece], n_tokens: int) -> np.ndarray:
         """(pieces, dim) float32, computed as one row of `n_tokens`, which is at least as long as all together."""
-        texts = [each.token_ids for each in pieces]
-        row = Row.of(texts, n_tokens, self.pad_id, self._first_position)
+        lengths = np.array([len(each.token_ids) for each in pieces])
+        order = np.argsort(-lengths, kind="stable")
+        row = Row.of([pieces[i].token_ids for i in order], n_tokens, self.pad_id, self._first_position)
         with by_text(self._transformer.model, row):
             found = self._transformer(self._on_device({"input_ids": row.input_ids, "position_ids": row.position_ids}))
-        batch = Batch(pieces, max(map(len, texts)), self.pad_id, self.pads_left)
+        states, start = found["token_embeddings"][0], 0
+        vectors = np.empty((len(pieces), self.dim), dtype=np.float32)
+        # What follows is made for padded batches: a long text and many short ones are not padded to one width.
+        for some in plan_batches(lengths, max(n_tokens, self.tokens_per_batch)):
+            n = int(lengths[some].sum())
+            vectors[some] = self._pooled_states([pieces[i] for i in some], states[start : start + n])
+            start += n
+        return vectors
+
+    def _pooled_states(self, pieces: Sequence[Piece], states: torch.Tensor) -> np.ndarray:
+        batch = Batch(pieces, max(len(each.token_ids) for each in pieces), self.pad_id, self.pads_left)
         features = self._on_device({"input_ids": batch.input_ids, "attention_mask": batch.attention_mask})
-        features["token_embeddings"] = padded(found["token_embeddings"], batch.attention_mask)
+        features["token_embeddings"] = padded(states, batch.attention_mask)
         return self._pooled(features)
 
     def _on_device(self, features: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:

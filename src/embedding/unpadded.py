@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +22,20 @@ HARMLESS = {
     "output_hidden_states",
 }  # fmt: skip
 """What attention may be told beside its tokens without that changing what it is."""
-_ends: ContextVar[tuple[int, ...]] = ContextVar("ends")
-"""0, and where each text of the row ends."""
+_runs: ContextVar[tuple["Run", ...]] = ContextVar("runs")
+"""Of the row that is computed."""
 
 
 class NotByText(ValueError):
     """Attention of a kind that is not known to be the same text by text."""
+
+
+class Run(NamedTuple):
+    """Texts of one length, one behind the other, which attention takes in one call."""
+
+    start: int
+    n_texts: int
+    length: int
 
 
 @dataclass(frozen=True)
@@ -38,17 +46,29 @@ class Row:
     """int64 (1, tokens)."""
     position_ids: np.ndarray
     """int64 (1, tokens), of each text from the first position on."""
-    ends: tuple[int, ...]
-    """0, and where each text ends; what fills the row up counts as a text."""
+    runs: tuple[Run, ...]
+    """All tokens; what fills the row up counts as a text."""
 
     @staticmethod
     def of(texts: Sequence[np.ndarray], n_tokens: int, pad_id: int, first_position: int) -> "Row":
         """texts: (length,) token ids each, of together at most n_tokens, to which the row is filled up."""
         rest = n_tokens - sum(map(len, texts))
-        parts = [*texts, np.full(rest, pad_id)] if rest else texts
-        positions = [np.arange(first_position, first_position + len(part)) for part in parts]
-        ends = np.cumsum([0, *map(len, parts)])
-        return Row(_one_row(parts), _one_row(positions), tuple(ends.tolist()))
+        # The filling may be longer than a model has positions; what it says, nobody reads.
+        filling = [np.full(rest, pad_id)] if rest else []
+        positions = [_positions(text, first_position) for text in texts] + [np.full(rest, first_position)]
+        runs, start = [], 0
+        for length, same in groupby([*map(len, texts), *map(len, filling)]):
+            runs.append(Run(start, n := len(list(same)), length))
+            start += n * length
+        return Row(_one_row([*texts, *filling]), _one_row(positions), tuple(runs))
+
+
+def _positions(text: np.ndarray, first: int) -> np.ndarray:
+    """From `first` on; a model that begins behind the number of its padding does not count that token in a text."""
+    if not first:
+        return np.arange(len(text))
+    counts = text != first - 1
+    return np.cumsum(counts) * counts + first - 1
 
 
 def _one_row(parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -59,13 +79,13 @@ def _one_row(parts: Sequence[np.ndarray]) -> np.ndarray:
 def by_text(model: nn.Module, row: Row) -> Iterator[None]:
     """Within the context the transformers model attends within each text of the row alone."""
     _register()
-    token, before = _ends.set(row.ends), model.config._attn_implementation
+    token, before = _runs.set(row.runs), model.config._attn_implementation
     model.config._attn_implementation = NAME
     try:
         yield
     finally:
         model.config._attn_implementation = before
-        _ends.reset(token)
+        _runs.reset(token)
 
 
 def _attend(
@@ -82,17 +102,25 @@ def _attend(
     is_causal = others.get("is_causal")
     is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     found = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
-    for start, end in pairwise(_ends.get()):
+    for run in _runs.get():
+        of_run = slice(run.start, run.start + run.n_texts * run.length)
+        by_text = (
+            each[0, :, of_run].unflatten(1, (run.n_texts, run.length)).transpose(0, 1) for each in (query, key, value)
+        )
         part = scaled_dot_product_attention(
-            query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], scale=scaling, is_causal=is_causal,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )  # fmt: skip
-        found[:, start:end] = part.transpose(1, 2)
+            *by_text, scale=scaling, is_causal=is_causal, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        found[0, of_run] = part.transpose(1, 2).flatten(0, 1)
     return found, None
 
 
-def _no_mask(*args: Any, **others: Any) -> None:
-    """A text is known by where it ends."""
+def _no_mask(*args: Any, local_size: int | None = None, use_vmap: bool = False, **others: Any) -> None:
+    """
+    A text is known by where it ends. Raises NotByText for windows and chunks, of which some models tell the mask alone,
+    and for masks with a function of the model's own (use_vmap).
+    """
+    if local_size is not None or use_vmap:
+        raise NotByText("a mask of more than what is before or padding")
 
 
 @cache
@@ -112,12 +140,11 @@ def first_positions(model: nn.Module) -> list[int]:
     return [0, *sorted(after)]
 
 
-def padded(hidden: Tensor, mask: np.ndarray) -> Tensor:
+def padded(states: Tensor, mask: np.ndarray) -> Tensor:
     """
-    hidden: (1, tokens, d) of texts end to end, perhaps filled up. mask: (texts, width), 1 where a text's tokens are to
-    stand. Returns (texts, width, d), zero elsewhere.
+    states: (tokens, d) of texts end to end. mask: (texts, width), 1 where a text's tokens are to stand. Returns (texts,
+    width, d), zero elsewhere.
     """
-    where = torch.from_numpy(mask).bool()
-    found = hidden.new_zeros(*mask.shape, hidden.shape[-1])
-    found[where] = hidden[0, : int(mask.sum())]
+    found = states.new_zeros(*mask.shape, states.shape[-1])
+    found[torch.from_numpy(mask).bool()] = states
     return found

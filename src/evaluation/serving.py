@@ -15,7 +15,7 @@ from src.evaluation.settings import EvaluateSettings
 from src.models.adapter_switching import Sharing
 from src.models.arms import Arm, specs_of
 from src.models.chat_format import with_chat_template
-from src.models.engine import Engine, load_engine
+from src.models.engine import Engine, load_engine, refuse_idle
 from src.models.hub import adapter_folder, split_reference
 from src.models.intervention_check import refuse_unfit
 from src.models.response_fields import response_fields
@@ -107,6 +107,13 @@ class Serving:
             )  # fmt: skip
 
     def _weigh(self, calls: Sequence[Call], on_row: Callable[[Row], None]) -> None:
+        for call in calls:
+            longest = max(map(len, call.options))
+            refuse_idle(
+                GenerationRequest(
+                    id=call.id, token_ids=call.token_ids, max_tokens=longest, interventions=self._spec(call) or ()
+                )
+            )
         # Not all at once: what is done is on the disk should the run be stopped.
         for start in range(0, len(calls), self._config.batch_size):
             some = calls[start : start + self._config.batch_size]

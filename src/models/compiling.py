@@ -76,7 +76,7 @@ def _warm_up(model: nn.Module, n_norms: int) -> None:
     except TorchDynamoException as error:
         raise InputError(
             f"--compile: the model's normalisation cannot be compiled here: {_first_line(error)}; install a C++ "
-            f"compiler (g++ or clang++, or name yours in CXX), or leave the flag out"
+            f"compiler (g++ or clang++, or name yours in CXX; Triton on CUDA), or leave the flag out"
         ) from error
     LOGGER.info("Compiled %d normalisations in %.1f s", n_norms, time.monotonic() - began)
 

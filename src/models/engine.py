@@ -190,13 +190,15 @@ def refuse_unsupported(
     no_captures: str | None = None,
 ) -> None:
     """
-    Raises InputError for a request whose prompt alone fills the context, for one with interventions that can act on
-    none of its positions, and for one that asks for interventions or a capture where there is a reason why not.
+    Raises InputError for a request whose prompt alone fills the context, for an intervention that can act on none
+    of its positions, and for one that asks for interventions or a capture where there is a reason why not.
     """
     for request in requests:
         if request.spec and no_interventions:
             raise InputError(f"request {request.id!r} asks for interventions: {no_interventions}")
-        _refuse_idle(request)
+        # A given answer is as long as it is.
+        if request.prompt_length is None:
+            refuse_idle(request)
         if request.capture is not None and no_captures:
             raise InputError(f"request {request.id!r} asks for a capture: {no_captures}")
         if context_length and len(request.token_ids) >= context_length:
@@ -206,10 +208,8 @@ def refuse_unsupported(
             )
 
 
-def _refuse_idle(request: GenerationRequest) -> None:
-    """Steering that does nothing would be reported as steering without effect. A given answer is as long as it is."""
-    if request.prompt_length is not None:
-        return
+def refuse_idle(request: GenerationRequest) -> None:
+    """Raises InputError for an intervention that can act nowhere, which would be reported as one without effect."""
     n_positions = len(request.token_ids) + request.max_tokens - 1
     for operation in request.spec.operations if request.spec else ():
         start, end = operation.window(request.boundary)
@@ -217,8 +217,8 @@ def _refuse_idle(request: GenerationRequest) -> None:
             told = f"positions {start} to {'the end' if end is None else end - 1}"
             raise InputError(
                 f"request {request.id!r}: {operation.op} at layer {operation.layer} is to act on {told}, of which "
-                f"there are none: with a prompt of {request.boundary} tokens and --max_tokens {request.max_tokens}, "
-                f"{n_positions} positions, counted from 0, go through the model (the last generated token does not)"
+                f"there are none: with a prompt of {request.boundary} tokens and at most {request.max_tokens} more, "
+                f"{n_positions} positions, counted from 0, go through the model (the answer's last token does not)"
             )
 
 

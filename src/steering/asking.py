@@ -8,7 +8,7 @@ from src.common.errors import InputError
 from src.common.resolved_interventions import ResolvedSpec
 from src.common.results import Results, row_seed
 from src.models.arms import Arm, specs_of
-from src.models.engine import Engine
+from src.models.engine import Engine, refuse_idle
 from src.models.projections import Projection, one_place, projection_onto
 from src.models.single_prompts import SinglePromptRenderer
 from src.models.thinking import ThinkingReader
@@ -68,11 +68,13 @@ class Asking:
         """
         Ask what `results` does not hold: the unsteered arm first, since divergences are measured on its responses.
 
-        Raises InputError when a prompt fills the context, before anything is generated.
+        Raises InputError when a prompt fills the context, and when an intervention can act on none of its positions,
+        before anything is generated.
         """
         waiting = [task for task in tasks if task.row_id not in results.rows]
         for task in waiting:
             self._refuse_too_long(task)
+            refuse_idle(self.request(task))
         # All arms of a prompt together, so that they share the unsteered pass of the comparison.
         place = {prompt_id: i for i, prompt_id in enumerate(dict.fromkeys(task.prompt.id for task in tasks))}
         steered = [task for task in waiting if not task.arm.is_reference]
