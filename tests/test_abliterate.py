@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from src.abliteration.study import open_storage
 from src.common.errors import CheckFailed, InputError
 from src.common.jsonl import read_jsonl, write_jsonl_atomic
 from tests.conftest import ROOT, module_command
@@ -135,17 +136,20 @@ def test_two_processes_share_a_study_and_one_is_killed(organism, prompts, tmp_pa
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     one, other = start("one"), start("other")
-    deadline = time.monotonic() + 240
+    deadline, opened = time.monotonic() + 900, None
     while time.monotonic() < deadline and one.poll() is None:
-        if (tmp_path / "study.db").exists():
-            known = optuna.study.get_all_study_summaries(storage)
-            trials = optuna.load_study(study_name="abliteration", storage=storage).trials if known else []
+        if opened is None and (tmp_path / "study.db").exists():
+            # As the command opens it, which may be making the tables at this moment.
+            opened = open_storage(storage, tmp_path, 3.0)
+        if opened:
+            known = optuna.study.get_all_study_summaries(opened)
+            trials = optuna.load_study(study_name="abliteration", storage=opened).trials if known else []
             if [trial.state.name for trial in trials].count("COMPLETE") >= 4:
                 break
         time.sleep(0.05)
     one.send_signal(signal.SIGKILL)
     one.communicate()
-    _, errors = other.communicate(timeout=240)
+    _, errors = other.communicate(timeout=900)
     assert other.returncode == 0, errors[-3000:]
     rows = trials_of(tmp_path / "other")
     assert len(rows) == 14 == len({row["id"] for row in rows})

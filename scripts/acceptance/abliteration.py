@@ -91,15 +91,11 @@ def two_topics(arguments: argparse.Namespace) -> bool:
     write_jsonl_atomic(
         both, [{"id": f"{name}-{i}", "prompt": text} for name in prompts for i, text in enumerate(prompts[name])]
     )
-    # What it was trained on of the topic that is to stay: its directions are taken out of the edit's.
-    preserved, known = folder / "preserved.jsonl", set(prompts[kept["name"]])
-    shipped = [row for _, row in read_jsonl(ROOT / f"data/abliteration/{kept['name']}.jsonl")]
-    write_jsonl_atomic(preserved, [row for row in shipped if row["prompt"] not in known])
     own = ("--seed", str(arguments.seeds[0]), "--n_search", "48", "--n_report", "48")
     target = held_out(organism, gone["name"])
     found = run(
         str(organism), folder / "topics", target, both, *own, "--n_trials", str(arguments.n_trials),
-        "--preserve_prompts", str(preserved), markers=markers[gone["name"]],
+        markers=markers[gone["name"]],
     )  # fmt: skip
     other = run(
         str(organism), folder / "topics-kept", held_out(organism, kept["name"]), held_out(organism, "other"), *own,
