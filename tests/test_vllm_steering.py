@@ -163,9 +163,9 @@ def test_random_batches_are_steered_as_in_transformers(vllm_engine, hf, cases, c
         ids = tuple(hf.tokenizer(TEXTS[text]).input_ids[:length])
         capture = Capture(places=((3, "mlp_out"), (29, "resid_post")), mean=mean)
         steering = spec(*operations) if operations else ()
-        several.append(
-            GenerationRequest(id=f"r{i}", token_ids=ids, max_tokens=max_tokens, interventions=steering, capture=capture)
-        )
+        # The boundary is given, so that operations that act nowhere are tried, too.
+        request = GenerationRequest(id=f"r{i}", token_ids=ids, max_tokens=max_tokens, prompt_length=len(ids))
+        several.append(replace(request, interventions=steering, capture=capture))
     with chunks_of(vllm_engine, chunk):
         ours = generate_all(vllm_engine, several)
     for request, result in zip(several, ours, strict=True):
@@ -263,7 +263,9 @@ def test_unsteered_rows_of_a_mixed_batch_stay_bit_for_bit(vllm_engine, requests)
     # The same batch, with interventions that do nothing where the others do something.
     idle = spec(op("add", 8, 1, coefficient=20.0, positions=Window(start=900)))
     clear_cache(vllm_engine)
-    plain = generate_all(vllm_engine, [replace(r, interventions=idle if r.spec else ()) for r in several])
+    # Refused, unless the boundary is given.
+    others = [replace(r, interventions=idle, prompt_length=len(r.token_ids)) if r.spec else r for r in several]
+    plain = generate_all(vllm_engine, others)
     for request, a, b in zip(several, steered, plain, strict=True):
         if not request.spec:
             assert a == b
