@@ -363,6 +363,20 @@ def test_a_stopped_run_waits_for_its_batch_and_sends_no_other(
     )
 
 
+def test_an_answer_that_a_smaller_run_has_no_use_for_is_kept_for_a_larger_one(
+    tmp_path: Path, server: FaultServer
+) -> None:
+    server.batch_looks = 10**9
+    path = questions(tmp_path, 3)
+    some = lambda n: config(tmp_path, server, path, batch_api=True, poll_seconds=0.05, num_tasks=n)  # noqa: E731
+    run_until_a_batch_waits(some(3), server)
+    server.batch_looks = 0
+    main(some(1))
+    assert len(rows_of(tmp_path / "run" / "results.jsonl")) == 1
+    main(some(3))
+    assert len(rows_of(tmp_path / "run" / "results.jsonl")) == 3 and len(server.batches) == 1
+
+
 def test_a_batch_that_was_sent_just_before_a_kill_is_found_by_its_tag(tmp_path: Path, server: FaultServer) -> None:
     server.batch_looks = 10**9
     path = questions(tmp_path, 2)

@@ -49,7 +49,7 @@ async def ask_in_batches(
         return
     model = next(iter(by_key.values())).model
     client = batch_client(model, api.timeout)
-    batches = Batches(api, client, folder, by_key, waiting, on_answer, failures)
+    batches = Batches(api, client, model, folder, by_key, waiting, on_answer, failures)
     try:
         await batches.take_from_cache()
         await batches.send_missing()
@@ -72,6 +72,7 @@ class Batches:
         self,
         api: ApiClient,
         client: BatchClient,
+        model: ApiModel,
         folder: Path,
         questions: dict[str, Question],
         waiting: dict[str, list[Asked]],
@@ -79,7 +80,7 @@ class Batches:
         failures: Failures,
     ) -> None:
         """questions and waiting: by the key of the question, which is what the requests are called."""
-        self._api, self._client, self._path = api, client, folder / FILE_NAME
+        self._api, self._client, self._model, self._path = api, client, model, folder / FILE_NAME
         self._questions, self._waiting = questions, waiting
         self._on_answer, self._failures = on_answer, failures
         self._sent: list[dict[str, Any]] = read_json(self._path) if self._path.exists() else []
@@ -148,10 +149,9 @@ class Batches:
     async def _collect(self, entry: dict[str, Any]) -> None:
         try:
             async for outcome in self._client.outcomes(entry["batch_id"]):
-                if outcome.answers is not None and outcome.key in self._waiting:
-                    question = self._questions[outcome.key]
-                    await self._api.keep(question, outcome.answers)
-                    self._api.usage.count(question.model.name, outcome.answers)
+                if outcome.answers is not None and self._is_new(outcome.key):
+                    await self._api.keep(outcome.key, outcome.answers)
+                    self._api.usage.count(self._model.name, outcome.answers)
                 self._hand_on(outcome.key, outcome)
         except InputError:
             # Refused as a whole: what is wrong with it may be put right, and sent again.
@@ -165,6 +165,11 @@ class Batches:
         # Only now: until every answer is on disk the batch is fetched again.
         entry["over"] = True
         self._save()
+
+    def _is_new(self, key: str) -> bool:
+        """Whether an answer is waited for, or is in no cache: one to a question that fewer --num_tasks leave out."""
+        cache = self._api.cache
+        return key in self._waiting or (cache is not None and cache.get(key) is None)
 
     def _hand_on(self, key: str, outcome: Outcome) -> None:
         for each in self._waiting.pop(key, ()):

@@ -98,13 +98,13 @@ class ApiClient:
 
     async def _ask_and_keep(self, question: Question) -> list[Answer]:
         answers = await self._ask_and_count(question)
-        await self.keep(question, answers)
+        await self.keep(question.key, answers)
         return answers
 
-    async def keep(self, question: Question, answers: Sequence[Answer]) -> None:
-        """Puts answers into the cache, where there is one."""
+    async def keep(self, key: str, answers: Sequence[Answer]) -> None:
+        """Puts the answers to the question with that key into the cache, where there is one."""
         if self.cache is not None:
-            await asyncio.to_thread(self.cache.put, question.key, answers)
+            await asyncio.to_thread(self.cache.put, key, answers)
 
     async def _ask_and_count(self, question: Question) -> list[Answer]:
         try:
