@@ -52,7 +52,10 @@ class TextEmbedder:
         assert kind == TEXT, kind
         if self._is_unpadded:
             return stepped_tokens(sum(lengths))
-        return len(lengths) * stepped_width(max(lengths), len(lengths), self.max_length)
+        return len(lengths) * self._width(lengths)
+
+    def _width(self, lengths: Sequence[int]) -> int:
+        return stepped_width(max(lengths), len(lengths), self.max_length)
 
     def computing(self) -> AbstractContextManager[None]:
         """Within it, in one thread, `embed` may be called."""
@@ -60,13 +63,12 @@ class TextEmbedder:
 
     def embed(self, kind: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
         """inputs: (n_tokens,) token ids of each text. Returns (n, dim) float32."""
+        assert kind == TEXT, kind
         pieces = [Piece(n, 0, ids, truncated=False) for n, ids in enumerate(inputs)]
-        n_tokens = self.computed_tokens(kind, [len(ids) for ids in inputs])
+        lengths = [len(ids) for ids in inputs]
         if self._is_unpadded:
-            return self._encoder.embed_unpadded(pieces, n_tokens)
-        return self._encoder.embed(
-            Batch(pieces, n_tokens // len(pieces), self._encoder.pad_id, self._encoder.pads_left)
-        )
+            return self._encoder.embed_unpadded(pieces, self.computed_tokens(kind, lengths))
+        return self._encoder.embed(Batch(pieces, self._width(lengths), self._encoder.pad_id, self._encoder.pads_left))
 
 
 def load_embedder(settings: EmbedderSettings) -> "TextEmbedder | ImageTextModel":

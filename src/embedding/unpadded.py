@@ -47,20 +47,19 @@ class Row:
     position_ids: np.ndarray
     """int64 (1, tokens), of each text from the first position on."""
     runs: tuple[Run, ...]
-    """All tokens; what fills the row up counts as a text."""
+    """All tokens; each that fills the row up counts as a text."""
 
     @staticmethod
     def of(texts: Sequence[np.ndarray], n_tokens: int, pad_id: int, first_position: int) -> "Row":
         """texts: (length,) token ids each, of together at most n_tokens, to which the row is filled up."""
         rest = n_tokens - sum(map(len, texts))
-        # The filling may be longer than a model has positions; what it says, nobody reads.
-        filling = [np.full(rest, pad_id)] if rest else []
         positions = [_positions(text, first_position) for text in texts] + [np.full(rest, first_position)]
         runs, start = [], 0
-        for length, same in groupby([*map(len, texts), *map(len, filling)]):
+        # The filling may be longer than a model has positions, and as one text it would cost the square of its length.
+        for length, same in groupby([*map(len, texts), *[1] * rest]):
             runs.append(Run(start, n := len(list(same)), length))
             start += n * length
-        return Row(_one_row([*texts, *filling]), _one_row(positions), tuple(runs))
+        return Row(_one_row([*texts, np.full(rest, pad_id)]), _one_row(positions), tuple(runs))
 
 
 def _positions(text: np.ndarray, first: int) -> np.ndarray:

@@ -60,8 +60,10 @@ class Serving:
             some = [call for call in calls if call.reference == reference]
             if some:
                 self._turn_to(reference)
+                weighed = [call for call in some if call.options]
+                self._refuse_idle(weighed)
                 self._write([call for call in some if not call.options], on_row)
-                self._weigh([call for call in some if call.options], on_row)
+                self._weigh(weighed, on_row)
 
     def close(self) -> None:
         """Free the model."""
@@ -107,13 +109,6 @@ class Serving:
             )  # fmt: skip
 
     def _weigh(self, calls: Sequence[Call], on_row: Callable[[Row], None]) -> None:
-        for call in calls:
-            longest = max(map(len, call.options))
-            refuse_idle(
-                GenerationRequest(
-                    id=call.id, token_ids=call.token_ids, max_tokens=longest, interventions=self._spec(call) or ()
-                )
-            )
         # Not all at once: what is done is on the disk should the run be stopped.
         for start in range(0, len(calls), self._config.batch_size):
             some = calls[start : start + self._config.batch_size]
@@ -130,6 +125,12 @@ class Serving:
             for call in some:
                 on_row({"id": call.id, "log_probabilities": [next(sums) for _ in call.options]})
                 self._progress.add_row()
+
+    def _refuse_idle(self, calls: Sequence[Call]) -> None:
+        """Of options that are given the engine refuses nothing."""
+        for call in calls:
+            longest, spec = max(map(len, call.options)), self._spec(call) or ()
+            refuse_idle(GenerationRequest(id=call.id, token_ids=call.token_ids, max_tokens=longest, interventions=spec))
 
     def _spec(self, call: Call) -> ResolvedSpec | None:
         spec = self._specs[call.reference][call.arm]
