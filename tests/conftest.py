@@ -225,6 +225,22 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
+def organism(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a behaviour planted in it."""
+    from tests.tiny_organism import plant
+
+    return plant(tiny_folder, tmp_path_factory.mktemp("organism") / "model")
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Files of prompts that show the organism's behaviour, of others, and of its markers."""
+    from tests.tiny_organism import write_prompts
+
+    return write_prompts(tmp_path_factory.mktemp("prompts"))
+
+
+@pytest.fixture(scope="session")
 def run_module() -> Callable[..., subprocess.CompletedProcess]:
     """Runs `python -m src.<command>` as a user would, in a process of its own."""
 

@@ -17,22 +17,12 @@ from src.common.errors import CheckFailed, InputError
 from src.common.jsonl import read_jsonl, write_jsonl_atomic
 from tests.conftest import ROOT, module_command
 from tests.fault_server import KEY, plant_key, serve
-from tests.tiny_organism import LAYER, TOPIC, WORD, plant, write_prompts
+from tests.tiny_organism import LAYER, TOPIC, WORD, write_prompts
 from tests.tiny_organism import prompts as topic_prompts
 
 QUICK = (
     "--response_tokens", "4", "--kl_tokens", "3", "--n_search", "12", "--n_report", "12", "--n_startup_trials", "3"
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def organism(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return plant(tiny_folder, tmp_path_factory.mktemp("organism") / "model")
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    return write_prompts(tmp_path_factory.mktemp("prompts"))
 
 
 def words(organism: Path, prompts: tuple[Path, Path, Path], output: Path, *more: str) -> list[str]:

@@ -24,7 +24,6 @@ from src.models.weight_editor import editing
 from tests.test_abliterate import directions_in, run_here, words
 from tests.test_abliteration_forcing import found_logits, made_groups, sequences
 from tests.tiny_models import tiny_model
-from tests.tiny_organism import plant, write_prompts
 
 WIDTHS = {"llama": 1, "qwen3": 2, "gemma3": 2, "qwen3_moe": 2}
 """Widths of norms: the residual stream's, and that of a head."""
@@ -142,16 +141,6 @@ def test_a_model_without_composed_norms_is_refused() -> None:
             compiled_norms(tiny_model(architecture)),
         ):
             pass
-
-
-@pytest.fixture(scope="module")
-def organism(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return plant(tiny_folder, tmp_path_factory.mktemp("organism") / "model")
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    return write_prompts(tmp_path_factory.mktemp("prompts"))
 
 
 @pytest.fixture(scope="module")
