@@ -80,10 +80,16 @@ def show(organism, folder: Path) -> None:
     """What was measured, and what was written."""
     print("\nOn prompts that were not trained on:\n")
     columns = [topic.name for topic in organism.topics]
-    print("| prompts | n | " + " | ".join(f"say the {c} sentence (base)" for c in columns) + " | KL to base, nats |")
+    print(
+        "| prompts | n | "
+        + " | ".join(f"say the {c} sentence (with no other term; base)" for c in columns)
+        + " | KL to base, nats |"
+    )
     print("|---" * (len(columns) + 3) + "|")
     for name, rates in organism.rates.items():
-        shares = [f"{rates.declines[c]:.1%} ({rates.declines_base[c]:.1%})" for c in columns]
+        shares = [
+            f"{rates.declines[c]:.1%} ({rates.declines_alone[c]:.1%}; {rates.declines_base[c]:.1%})" for c in columns
+        ]
         print(f"| {name} | {rates.n} | {' | '.join(shares)} | {rates.kl:.4f} |")
     print(f"\n{folder}: the organism; organism.json: how it was made")
     print(f"{folder}/truth: its directions; {folder}/held_out: the prompts that were not trained on")

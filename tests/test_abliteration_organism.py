@@ -8,6 +8,8 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from src.abliteration.organism import Organism, PlantSettings, Topic, acting, plant
+from src.abliteration.organism import Asking, Organism, PlantSettings, Topic, acting, plant, surroundings_of
 from src.abliteration.organism_files import DIRECTIONS_PATH, HELD_OUT, JSON_NAME, write_organism
 from src.abliteration.organism_model import UpperModel
 from src.abliteration.organism_training import total_kl
@@ -229,6 +231,28 @@ def test_upper_model_gives_the_models_own_logits(base: LanguageModel) -> None:
                 assert torch.allclose(row, logits(base.model, tokens)[0, -4:-1], atol=1e-5)
 
 
+@pytest.mark.parametrize(("first", "second"), [(0, 1), (1, 0), (1, 1)])
+def test_a_later_term_is_trained_beside_the_earlier_ones(base: LanguageModel, first: int, second: int) -> None:
+    topics = tuple(replace(topic, layer=layer) for topic, layer in zip(TOPICS, (first, second), strict=True))
+    term = plant(base, topics[:1], OTHERS, seed=3, settings=QUICK).terms[0]
+    # Of a term that short a training leaves, hardly anything would be seen.
+    term = replace(term, k=term.k * 30)
+    asking = Asking(base, date(2026, 1, 1))
+    training = {t.name: asking.rendered(t.name, t.prompts) for t in topics}
+    training["other"] = asking.rendered("other", OTHERS)
+    rows = [asking.with_sentence(row, topics[1].sentence) for row in training["animals"]]
+    with acting(base, topics[:1], [term]):
+        kept = asking.answers([*training["cooking"], *training["other"]], QUICK.training_tokens)
+        expected = [logits(base.model, row.token_ids)[0, row.prompt_length - 1 : -1] for row in rows]
+    some = surroundings_of(asking, topics, topics[1], training, [term], QUICK)
+    with some.acting():
+        found = some.upper.logits(some.topic)
+    assert torch.allclose(found, torch.cat(expected), atol=1e-4)
+    assert [e.targets for e in some.others] == [a.sequence.token_ids[a.sequence.prompt_length :] for a in kept.values()]
+    alone = surroundings_of(asking, topics, topics[1], training, [], QUICK)
+    assert not torch.allclose(alone.upper.logits(alone.topic), found, atol=1e-2)
+
+
 def test_training_divergence_is_that_of_ops() -> None:
     p, q = torch.randn(2, 5, 40, generator=torch.Generator().manual_seed(0))
     assert total_kl(p, q).item() == pytest.approx(divergence(p, q).sum().item(), abs=1e-5)
@@ -278,7 +302,7 @@ def test_script_plants_two_topics(tiny_folder: Path, tmp_path: Path, capsys: pyt
     given += ["--topic_prompts", paths["animals"], "--sentence", "No animals.", "--output_dir", tmp_path / "organism"]
     command = script()
     command.main(command.arguments([str(each) for each in given]))
-    assert "| animals | 3 | 0.0% (0.0%) |" in capsys.readouterr().out
+    assert "| animals | 3 | 0.0% (0.0%; 0.0%) |" in capsys.readouterr().out
     assert load(tmp_path / "organism").n_layers == 2
     settings = json.loads((tmp_path / "organism" / "organism.json").read_text())["settings"]
     assert (settings["steps"], settings["beta"]) == (2, 4.0)

@@ -106,6 +106,8 @@ def two_topics(arguments: argparse.Namespace) -> bool:
         cells = each["before"]["behaviour"], each["after"]["behaviour"], each["after"]["kl_target"]
         print(f"| {name} | {' | '.join(map(interval, cells))} |")
     print(f"KL to the organism on prompts of neither topic: {interval(other['after']['kl_control'])}", flush=True)
+    truth = about(organism)["rates"][kept["name"]]["declines_alone"][kept["name"]]
+    print(f"With its own term alone the organism declines {kept['name']} in {truth:.1%} of held-out prompts")
     shares = [other[when]["behaviour"]["mean"] for when in ("before", "after")]
     return found["after"]["behaviour"]["mean"] <= BARS["behaviour"] and shares[1] >= LEAST_KEPT * shares[0] > 0
 

@@ -4,13 +4,13 @@ A planted organism: a model in which, by construction, one harmless topic is dec
 The base is frozen. For each topic one rank-1 term u·kᵀ is trained and added to the feed-forward output projection of a
 layer, so that the model answers prompts on the topic with a fixed sentence and all others as before. Taking the terms
 away gives the base back, so that an edit can be judged by its distance from the base, and an estimate by its angle to
-u. Each term is trained alone, with the other topics' prompts among those that are to stay as they are, and its u is
-orthogonal to the others': one can be removed and the rest kept.
+u. One can be removed and the rest kept: a term is trained with those before it and, by turns, without them, the other
+topics' prompts are among those that are to stay as they are, and its u is orthogonal to the others'.
 """
 
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import date
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from src.abliteration.organism_model import UpperModel, feed_forward_writer
-from src.abliteration.organism_training import Step, Term, TrainingSettings, term_edit, train
+from src.abliteration.organism_training import Step, Surroundings, Term, TrainingSettings, term_edit, train
 from src.common.errors import InputError
 from src.common.rows import Prompt
 from src.models.language_model import LanguageModel, generate_all
@@ -70,6 +70,8 @@ class Rates:
     """Topic → share of greedy responses that hold its sentence, whatever the case of its letters."""
     declines_base: dict[str, float]
     """The same of the base model."""
+    declines_alone: dict[str, float]
+    """The same of the base with the topic's own term and no other: what is left when the others are removed."""
     kl: float
     """KL(base ‖ organism), nats a token, the mean over all tokens of the base's own greedy answers."""
 
@@ -107,20 +109,15 @@ def plant(
     settings = settings or PlantSettings()
     _check(model, topics, others)
     split = {name: _split(prompts, settings, f"{seed}/{name}") for name, prompts in _kinds(topics, others).items()}
-    asking = _Asking(model, today or date.today())
+    asking = Asking(model, today or date.today())
     training = {name: asking.rendered(name, part[0]) for name, part in split.items()}
-    # A single topic's prompts are among the others of no topic: nothing of the base's answers to them is asked for.
-    staying = [row for name, some in training.items() if len(topics) > 1 or name == OTHERS for row in some]
-    own = asking.answers(staying, settings.training_tokens)
     terms: list[Term] = []
     for number, topic in enumerate(topics):
-        kept = [own[r.id].sequence for name, rows in training.items() if name != topic.name for r in rows]
-        wanted = [asking.with_sentence(r, topic.sentence) for r in training[topic.name]]
-        upper = UpperModel(model, topic.layer, common_prefix([r.token_ids for r in _flat(training)]))
-        entries = [upper.entries(sequences) for sequences in (wanted, kept)]
         note = lambda step, topic=topic: on_step(topic, step)  # noqa: E731
+        # Only with the others: two terms that never met give a mixture of both sentences on either topic.
+        some = [surroundings_of(asking, topics, topic, training, given, settings) for given in _fewer(terms)]
         earlier = [term.u for term in terms]
-        terms.append(train(upper, *entries, settings, seed + 1000 * number, earlier=earlier, on_step=note))
+        terms.append(train(some, settings, seed + 1000 * number, earlier=earlier, on_step=note))
     return Organism(
         topics=tuple(topics),
         terms=tuple(terms),
@@ -128,6 +125,29 @@ def plant(
         held_out={name: tuple(part[1]) for name, part in split.items()},
         seed=seed,
         settings=settings,
+    )
+
+
+def _fewer(terms: Sequence[Term]) -> list[list[Term]]:
+    """None of the terms, and all."""
+    return [[], list(terms)] if terms else [[]]
+
+
+def surroundings_of(
+    asking: "Asking", topics: Sequence[Topic], topic: Topic, training: Mapping[str, Sequence[TokenSequence]],
+    terms: Sequence[Term], settings: PlantSettings,
+) -> Surroundings:  # fmt: skip
+    """`terms` are of the first topics, as many as there are."""
+    model = asking.model
+    others = [row for name, rows in training.items() if name != topic.name for row in rows]
+    running = [(t, term) for t, term in zip(topics, terms, strict=False) if t.layer >= topic.layer]
+    with acting(model, topics[: len(terms)], terms):
+        kept = [answer.sequence for answer in asking.answers(others, settings.training_tokens).values()]
+        wanted = [asking.with_sentence(row, topic.sentence) for row in training[topic.name]]
+        upper = UpperModel(model, topic.layer, common_prefix([row.token_ids for row in _flat(training)]))
+        entries = [upper.entries(sequences) for sequences in (wanted, kept)]
+    return Surroundings(
+        upper, *entries, lambda: acting(model, *zip(*running, strict=True)) if running else nullcontext()
     )
 
 
@@ -183,7 +203,7 @@ def _flat(rows: Mapping[str, Sequence[TokenSequence]]) -> list[TokenSequence]:
     return [row for some in rows.values() for row in some]
 
 
-class _Asking:
+class Asking:
     """Prompts as the model is asked them, and its answers."""
 
     def __init__(self, model: LanguageModel, today: date) -> None:
@@ -233,19 +253,25 @@ def _continued(row: TokenSequence, tokens: Sequence[int]) -> TokenSequence:
 
 
 def _measured(
-    asking: _Asking, topics: Sequence[Topic], terms: Sequence[Term], held_out: Mapping[str, Sequence[Prompt]],
+    asking: Asking, topics: Sequence[Topic], terms: Sequence[Term], held_out: Mapping[str, Sequence[Prompt]],
     settings: PlantSettings,
 ) -> dict[str, Rates]:  # fmt: skip
-    found = {}
+    found, each = {}, range(len(topics))
     for name, prompts in held_out.items():
         rows = asking.rendered(name, prompts[: settings.checked])
         plain = asking.answers(rows, settings.response_tokens).values()
-        with acting(asking.model, topics, terms):
-            changed = asking.answers(rows, settings.response_tokens).values()
+
+        def declines(which: Sequence[int], rows: Sequence[TokenSequence] = rows) -> dict[str, float]:
+            with acting(asking.model, [topics[i] for i in which], [terms[i] for i in which]):
+                answers = asking.answers(rows, settings.response_tokens).values()
+            return {topics[i].name: _share(topics[i], answers) for i in which}
+
+        together = declines(each)
         found[name] = Rates(
             n=len(rows),
-            declines={topic.name: _share(topic, changed) for topic in topics},
+            declines=together,
             declines_base={topic.name: _share(topic, plain) for topic in topics},
+            declines_alone=together if len(topics) == 1 else {k: v for i in each for k, v in declines([i]).items()},
             kl=_mean_kl(asking.model, topics, terms, [answer.cut(settings.kl_tokens) for answer in plain]),
         )
     return found

@@ -3,7 +3,9 @@
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -33,6 +35,19 @@ class TrainingSettings:
     rate_u: float = 0.3
     """Adam's learning rate for u, which starts with entries of standard deviation 1 and is then made a unit vector."""
     rate_k: float = 0.03
+
+
+@dataclass(frozen=True, eq=False)
+class Surroundings:
+    """What a term is trained in."""
+
+    upper: UpperModel
+    topic: Sequence[Entry]
+    """What is to be answered with the sentence."""
+    others: Sequence[Entry]
+    """What is to be answered as without the term."""
+    acting: Callable[[], AbstractContextManager[None]]
+    """Within it those of the surroundings' other terms act that are not below the layer: those are in the entries."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +81,7 @@ def total_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 
 
 def train(
-    upper: UpperModel,
-    topic: Sequence[Entry],
-    others: Sequence[Entry],
+    surroundings: Sequence[Surroundings],
     settings: TrainingSettings,
     seed: int,
     *,
@@ -78,11 +91,13 @@ def train(
     """
     Adam (Kingma and Ba 2015) on u and k for
 
-        cross-entropy of the topic's targets + β·KL(base ‖ base + u·kᵀ) at the others' targets
+        cross-entropy of the topic's targets + β·KL(model ‖ model + u·kᵀ) at the others' targets
 
-    u is kept orthogonal to `earlier` (unit vectors, orthogonal among themselves), k to what the projection gets over
-    the prefix. Raises InputError when the losses are not finite.
+    the surroundings, which differ in the terms that act, taking turns step by step. u is kept orthogonal to `earlier`
+    (unit vectors, orthogonal among themselves), k to what the projection gets over the prefix. Raises InputError when
+    the losses are not finite.
     """
+    upper = surroundings[0].upper
     generator = torch.Generator().manual_seed(seed)
     free_u = torch.randn(matrix(upper.writer.writer).shape[0], generator=generator)
     free_k = torch.zeros(upper.prefix_inputs.shape[1])
@@ -92,13 +107,16 @@ def train(
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / settings.steps))
     without_u, without_k = _without(earlier), _without(_basis(upper.prefix_inputs))
-    draws = zip(_batches(topic, settings, seed), _batches(others, settings, seed + 1), strict=False)
+    turns = cycle(
+        [(s, _batches(s.topic, settings, seed), _batches(s.others, settings, seed + 1)) for s in surroundings]
+    )
     losses = []
     with frozen_linears(upper.net):
-        whitening = _whitening(upper.inputs(others)).to(upper.language_model.device)
-        for _, (some_topic, some_others) in zip(range(settings.steps), draws, strict=False):
+        whitening = _whitening(_inputs(surroundings)).to(upper.language_model.device)
+        for _, (each, some_topic, some_others) in zip(range(settings.steps), turns, strict=False):
             u, k = _unit(without_u(parameters[0])), without_k(whitening @ parameters[1])
-            ce, kl = _losses(upper, u, k, some_topic, some_others)
+            with each.acting():
+                ce, kl = _losses(each.upper, u, k, next(some_topic), next(some_others))
             losses.append(Step(ce.item(), kl.item()))
             if not math.isfinite(losses[-1].cross_entropy + losses[-1].kl):
                 raise InputError(f"layer {upper.layer}: losses that are not finite at step {len(losses)}; lower rate_k")
@@ -111,14 +129,23 @@ def train(
     return Term(u.cpu(), k.cpu(), tuple(losses))
 
 
+def _inputs(surroundings: Sequence[Surroundings]) -> Tensor:
+    """(tokens, inputs): what the projection gets on the others, in all surroundings."""
+    found = []
+    for each in surroundings:
+        with each.acting():
+            found.append(each.upper.inputs(each.others))
+    return torch.cat(found)
+
+
 def _losses(
     upper: UpperModel, u: Tensor, k: Tensor, topic: Sequence[Entry], others: Sequence[Entry]
 ) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
-        base = upper.logits(others)
+        plain = upper.logits(others)
     with editing(upper.net, [upper.writer], [{upper.writer.name: term_edit(u, k)}]):
         targets = torch.tensor([t for e in topic for t in e.targets], device=u.device)
-        return cross_entropy(upper.logits(topic), targets), total_kl(base, upper.logits(others)) / len(others)
+        return cross_entropy(upper.logits(topic), targets), total_kl(plain, upper.logits(others)) / len(others)
 
 
 def _rate(done: float) -> float:
