@@ -65,7 +65,8 @@ def abliterate(config: AbliterateConfig, run: Run, split: dict[str, Any]) -> Non
     from src.abliteration.edits import EditMaker
     from src.abliteration.evaluation import Protocol, Reference, report_prompts
     from src.abliteration.extraction import extract_directions
-    from src.abliteration.outcome import Outcome, conclude
+    from src.abliteration.outcome import conclude
+    from src.abliteration.saved import Outcome
     from src.abliteration.search import search
     from src.abliteration.space import Space
     from src.models.language_model import LanguageModel
@@ -116,7 +117,7 @@ def abliterate(config: AbliterateConfig, run: Run, split: dict[str, Any]) -> Non
 
         # 6. What was found: the front, the choice, the report's prompts before and after, the model.
         write_trials(run, study)
-        conclude(Outcome(config, run, model, maker, reference, scorer.n_before), study)
+        conclude(Outcome(config, run, model, directions, maker, reference, scorer.n_before), study)
 
 
 def open_study(config: AbliterateConfig, run: Run) -> "Study":

@@ -7,14 +7,32 @@ import re
 import signal
 import subprocess
 import time
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from src.abliterate import AbliterateConfig, main
+from src.abliteration.detectors import detector_of
+from src.abliteration.edits import EditMaker, EditOptions
+from src.abliteration.evaluation import Protocol, Reference, report_prompts
+from src.abliteration.kernel import Plan, plan_of
+from src.abliteration.outcome import measured
+from src.abliteration.prompts import read_split
+from src.abliteration.saved import Choice, Outcome, save, without_paths
+from src.abliteration.search import on_front
 from src.abliteration.study import open_storage
+from src.common.cli import parse_config
+from src.common.directions_file import read_directions
 from src.common.errors import CheckFailed, InputError
 from src.common.jsonl import read_jsonl, write_jsonl_atomic
+from src.common.runs import start_run
+from src.models.language_model import LanguageModel
+from src.models.single_prompts import SinglePromptRenderer
+from src.models.weight_editor import bake
 from tests.conftest import ROOT, module_command
 from tests.fault_server import KEY, plant_key, serve
 from tests.tiny_organism import LAYER, TOPIC, WORD, write_prompts
@@ -35,9 +53,6 @@ def words(organism: Path, prompts: tuple[Path, Path, Path], output: Path, *more:
 
 def run_here(arguments: list[str]) -> None:
     """As the command does it, in this process: a start of torch less."""
-    from src.abliterate import AbliterateConfig, main
-    from src.common.cli import parse_config
-
     main(parse_config(AbliterateConfig, arguments))
 
 
@@ -84,8 +99,6 @@ def test_the_behaviour_is_found_and_removed(finished: Path, organism: Path, tiny
 
 
 def test_more_trials_can_be_added_and_another_chosen(finished: Path, organism, prompts) -> None:
-    from src.abliteration.search import on_front
-
     before = trials_of(finished)
     other = on_front(before, 1.0, 12)[-1]["id"]
     run_here(words(organism, prompts, finished, "--n_trials", "12", "--select", str(other), "--save", "none"))
@@ -242,6 +255,65 @@ def test_the_adapter_is_the_edit(finished, organism, prompts, tmp_path) -> None:
     ours, theirs = (json.loads((tmp_path / name / "evaluation.json").read_text())["after"] for name in ("r", "c"))
     for measure in ("behaviour", "kl_control", "kl_target"):
         assert ours[measure]["mean"] == pytest.approx(theirs[measure]["mean"], abs=1e-5)
+
+
+def test_an_edit_is_one_of_the_stored_weights_however_the_search_ran(finished, organism, prompts, tmp_path) -> None:
+    more = ("--n_trials", "3", "--dtype", "bfloat16", "--response_tokens", "4", *directions_in(finished))
+    run_here(words(organism, prompts, tmp_path / "half", *more))
+    chosen = json.loads((tmp_path / "half" / "evaluation.json").read_text())["chosen"]
+    check_edit(organism, finished, tmp_path / "half" / "model", plan_of(chosen["params"]))
+    # Nor does another trial's model lie beside the numbers of this one.
+    other = next(row["id"] for row in on_front(trials_of(tmp_path / "half"), 1.0, 12) if row["id"] != chosen["id"])
+    run_here(words(organism, prompts, tmp_path / "half", *more, "--select", str(other), "--save", "none"))
+    assert not (tmp_path / "half" / "model").exists()
+
+
+def test_a_card_says_how_it_was_made_and_nothing_of_the_machine(finished: Path) -> None:
+    card = (finished / "model" / "README.md").read_text()
+    assert (
+        "mean_difference of last_prompt" in card
+        and f"| torch | {torch.__version__.partition('+')[0]}" in card.replace("\\", "")
+    )
+    assert "sha256 of target.jsonl" in card.replace("\\", "") and str(finished.parent) not in card
+    assert without_paths(["--model_id=/home/me/model", "/home/me/x.jsonl", "--n_trials", "3"]) == [
+        "--model_id=model", "x.jsonl", "--n_trials", "3",
+    ]  # fmt: skip
+
+
+def check_edit(base: Path, finished: Path, edited: Path, plan: Plan) -> None:
+    """That a saved model is the plan's edit of the stored weights, to the rounding of float32."""
+    read = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)  # noqa: E731
+    net, found = read(base), read(edited).state_dict()
+    maker = EditMaker(net, read_directions(finished / "directions" / "directions.safetensors"), EditOptions())
+    bake(net, maker.edits(plan))
+    for name, weight in net.state_dict().items():
+        assert torch.allclose(weight, found[name], atol=1e-6), name
+
+
+def test_what_was_searched_in_4_bit_is_saved_in_full(finished, organism, prompts, tmp_path, capsys) -> None:
+    given = parse_config(AbliterateConfig, words(organism, prompts, tmp_path / "r", "--quantization", "nf4"))
+    model = LanguageModel.load(replace(given, quantization="none"))
+    for weight in (module.weight for module in model.model.modules() if isinstance(module, torch.nn.Linear)):
+        # As coarse as 4 bit: the format itself needs a GPU.
+        step = weight.abs().max() / 7
+        weight.copy_((weight / step).round() * step)
+    directions = read_directions(finished / "directions" / "directions.safetensors")
+    maker, detector = EditMaker(model.model, directions, EditOptions()), detector_of(given)
+    renderer = SinglePromptRenderer(
+        model.tokenizer, date.today(), raw=False, system_prompt=None, chat_template=None, thinking=True
+    )
+    protocol = Protocol(
+        prompts=report_prompts(read_split(given), renderer), detector=detector, kl_tokens=3, response_tokens=4,
+        batch_size=8,
+    )  # fmt: skip
+    row = json.loads((finished / "evaluation.json").read_text())["chosen"]
+    plan = plan_of(row["params"])
+    with start_run(given, "abliterate") as run, torch.inference_mode():
+        outcome = Outcome(given, run, model, directions, maker, Reference(model, protocol), 1)
+        save(outcome, plan, Choice(row, "by hand", 1, measured(outcome, maker.edits(plan))[1]))
+    check_edit(organism, finished, tmp_path / "r" / "model", plan)
+    assert "in 4 bit" in (tmp_path / "r" / "model" / "README.md").read_text()
+    assert "--evaluate_only measures what was saved" in capsys.readouterr().out
 
 
 def test_bad_input_is_refused_in_words(finished, organism, prompts, tiny_folder, tmp_path) -> None:

@@ -37,7 +37,7 @@ class Card(NamedTuple):
 
 def card(given: Card) -> str:
     """The card in markdown, with the hub's metadata on top; nothing in the facts can become markup or metadata."""
-    name = _base_name(given.base_model)
+    name = base_name(given.base_model)
     sections = [
         _metadata(given.base_model),
         f"# {escaped(name)}, edited",
@@ -56,7 +56,8 @@ def card(given: Card) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _base_name(base_model: str) -> str:
+def base_name(base_model: str) -> str:
+    """A hub id, or of a folder the name."""
     # A folder's place says much of a machine and its user, and nothing of the model.
     return Path(base_model).name if Path(base_model).exists() or not HUB_ID.match(base_model) else base_model
 

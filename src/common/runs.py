@@ -135,6 +135,11 @@ class Run:
         """When the first session began that this run goes on with (UTC)."""
         return datetime.fromisoformat(self._provenance["sessions"][0]["started"])
 
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Path → sha256 of each input file."""
+        return self._provenance["inputs"]
+
     def record(self, **facts: Any) -> None:
         """
         Writes facts (JSON values) to provenance.json: with this session, or for the whole run what must not change
