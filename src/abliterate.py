@@ -68,7 +68,7 @@ def abliterate(config: AbliterateConfig, run: Run, split: dict[str, Any]) -> Non
     from src.abliteration.outcome import conclude
     from src.abliteration.saved import Outcome
     from src.abliteration.search import search
-    from src.abliteration.space import Space
+    from src.abliteration.space import SOURCES, Space
     from src.models.language_model import LanguageModel
     from src.models.loading import resolve
     from src.models.saving import check_savable
@@ -105,7 +105,7 @@ def abliterate(config: AbliterateConfig, run: Run, split: dict[str, Any]) -> Non
         scorer = preparation.prepare_scorer(config, model, maker, detector, split, renderer)
         space = Space(
             n_layers=model.n_layers, components=tuple(config.components), min_weight=config.min_weight,
-            max_weight=config.max_weight,
+            max_weight=config.max_weight, sources=("own",) if config.calibrate else SOURCES,
         )  # fmt: skip
         study = open_study(config, run)
         study.claim(about)

@@ -198,6 +198,9 @@ def test_every_option_acts(more, finished, organism, prompts, tmp_path) -> None:
         assert [row["kl"] for row in rows] == pytest.approx([row["kl"] for row in plain], abs=1e-4)
     else:
         assert [row["kl"] for row in rows] != pytest.approx([row["kl"] for row in plain], abs=1e-6)
+    if "--calibrate" in more:
+        # The factor is that of a layer's own direction.
+        assert {row["params"]["source"] for row in rows} == {"own"}
 
 
 def test_a_search_begins_with_the_best_points_of_another(finished, organism, prompts, tmp_path) -> None:

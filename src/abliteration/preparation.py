@@ -82,6 +82,8 @@ def _calibration(directions: Directions) -> list[float]:
     if not {"target_mean", "control_mean"} <= scores.keys():
         raise InputError(f"--calibrate: {directions.source} holds no class means; extract the directions here")
     first = lambda value: value[0] if isinstance(value, list) else value  # noqa: E731
+    if directions.k > 1:
+        raise InputError(f"--calibrate: {directions.source} holds {directions.k} directions a layer; expected one")
     found = []
     for layer, (target, control) in enumerate(zip(scores["target_mean"], scores["control_mean"], strict=True)):
         target, control = first(target), first(control)

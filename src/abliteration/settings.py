@@ -71,7 +71,8 @@ class AbliterateSettings(ModelConfigBase):
     """Greatest edit weight that is tried; 1 removes a direction whole, 2 reflects at it."""
     calibrate: bool = False
     """Multiply each layer's edit weight by the share of the target prompts' projection that the control prompts do not
-    have, (target mean − control mean) / target mean, so that weight 1 brings the one to the other."""
+    have, (target mean − control mean) / target mean, so that weight 1 brings the one to the other. Each layer is then
+    edited by its own direction."""
     induce: str | None = None
     """FILE:LAYERS:COEFFICIENT: in every trial also add a file's directions to what the feed-forward parts of LAYERS
     write."""
@@ -183,8 +184,8 @@ class AbliterateSettings(ModelConfigBase):
             raise InputError(
                 "--save adapter: it would not hold what --adapter_path does; take --save model, which does"
             )
-        if self.calibrate and self.norm != "none" and self.n_directions > 1:
-            raise InputError("--calibrate: expected one direction a layer where norms are kept")
+        if self.calibrate and self.n_directions > 1:
+            raise InputError("--calibrate: expected one direction a layer, whose projections it compares")
 
     def parsed_heads(self) -> dict[int, tuple[int, ...]] | None:
         """Layer → heads, None for all."""

@@ -11,6 +11,7 @@ FIRST_POSITION = 0.2
 """Share of the layers below which no kernel is highest: directions are poor there."""
 LONGEST_REACH = 0.6
 """Of the layers."""
+SOURCES = ("own", "one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,8 @@ class Space:
     components: tuple[str, ...]
     min_weight: float
     max_weight: float
+    sources: tuple[str, ...] = SOURCES
+    """Of `Plan.source`, those that may be drawn."""
 
     @property
     def _last(self) -> float:
@@ -29,7 +32,7 @@ class Space:
     def draw(self, trial: optuna.Trial) -> Plan:
         """The plan of a trial that Optuna has asked for."""
         first, last = FIRST_POSITION * self._last, float(self.n_layers - 1)
-        source = trial.suggest_categorical("source", ["own", "one"])
+        source = trial.suggest_categorical("source", self.sources)
         source_layer = trial.suggest_float("source_layer", min(first, last), last)
         kernels = {
             name: Kernel(
@@ -59,7 +62,7 @@ class Space:
             found += [self._around(component, int(kernel.position), reach=reach, high=high)
                       for reach, high in ((0.5, 1.25), (1.5, 1.0), (3.0, 1.0))]  # fmt: skip
         wide = 0.6 * self._last if best_layer is None else float(best_layer)
-        found += [self._everywhere(wide, source) for source in ("own", "one")]
+        found += [self._everywhere(wide, source) for source in self.sources]
         return [plan for plan in found if self._holds(plan)]
 
     def moved(self, plan: Plan, n_layers: int) -> Plan:
@@ -75,7 +78,7 @@ class Space:
             )
             for name, kernel in plan.kernels.items()
         }  # fmt: skip
-        return replace(plan, source_layer=place(plan.source_layer), kernels=kernels)
+        return replace(plan, source=self._source(plan.source), source_layer=place(plan.source_layer), kernels=kernels)
 
     def _around(self, component: str, layer: int, *, reach: float, high: float) -> Plan:
         reach = min(reach, max(1.0, LONGEST_REACH * self._last))
@@ -83,12 +86,15 @@ class Space:
             name: Kernel(high=high if name == component else 0.0, position=float(layer), low=0.5, reach=reach)
             for name in self.components
         }
-        return Plan(source="one", source_layer=float(layer), kernels=kernels)
+        return Plan(source=self._source("one"), source_layer=float(layer), kernels=kernels)
 
     def _everywhere(self, layer: float, source: str) -> Plan:
         reach = max(1.0, LONGEST_REACH * self._last)
         kernels = {name: Kernel(high=1.0, position=layer, low=0.5, reach=reach) for name in self.components}
         return Plan(source=source, source_layer=layer, kernels=kernels)
+
+    def _source(self, wanted: str) -> str:
+        return wanted if wanted in self.sources else self.sources[0]
 
     def _holds(self, plan: Plan) -> bool:
         """Whether the point is within the ranges: an early layer, or weights below 0, may not be."""
