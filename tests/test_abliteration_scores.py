@@ -113,6 +113,31 @@ def test_an_edit_that_leaves_no_numbers_is_told_apart_and_harms_no_other(scorer:
     assert (found.behaviour, found.stage) == (alone.behaviour, "full") and found.kl == pytest.approx(alone.kl, abs=1e-6)
 
 
+def test_a_trial_that_breaks_by_what_it_writes_harms_no_other(scorer: Scorer, model, trials) -> None:
+    d_model = model.model.config.hidden_size
+    bias = 3 * torch.randn(d_model, generator=torch.Generator().manual_seed(1))
+    other_words = {name: replace(edit, bias=bias) for name, edit in trials[1].items()}
+    written = scorer.answer(asked(model, TOPIC, 9), N_TOKENS, [other_words])[0].values()
+    plain_answers = scorer.answer(asked(model, TOPIC, 9) + asked(model, OTHER, 7), N_TOKENS, [{}, trials[3]])
+    known = {token for answers in plain_answers for answer in answers.values() for token in answer}
+    known |= {token for each in asked(model, TOPIC, 9) + asked(model, OTHER, 7) for token in each.token_ids}
+    # The last token of an answer is fed to the model no more.
+    (fatal, *_) = [token for answer in written for token in answer[:-1] if token not in known]
+
+    def fail(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        return output.masked_fill((args[0] == fatal)[..., None], math.nan)
+
+    (alone,) = scorer.score([trials[3]])
+    handle = model.model.get_input_embeddings().register_forward_hook(fail)
+    try:
+        found, ruined = scorer.score([trials[3], other_words])
+    finally:
+        handle.remove()
+    assert (ruined.kl, ruined.stage) == (math.inf, "kl") and on_front([plain(ruined)], 1.0, 9) == []
+    assert (found.behaviour, found.stage, found.bounds) == (alone.behaviour, "full", alone.bounds)
+    assert found.answers == alone.answers
+
+
 def test_a_gate_stops_where_it_says(scorer: Scorer, trials) -> None:
     seen: list[str] = []
 

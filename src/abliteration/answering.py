@@ -11,6 +11,12 @@ from src.models.weight_editor import RowsOfTrials
 
 STEPS_BETWEEN_LOOKS = 4
 """Tokens between two looks at whether an answer shows the behaviour."""
+AFTER_TRIAL = ":"
+
+
+def trial_of(request_id: str) -> int:
+    """Of which trial a request of `Answers` is."""
+    return int(request_id.partition(AFTER_TRIAL)[0])
 
 
 class Detector(Protocol):
@@ -66,7 +72,7 @@ class Answers:
         self._model, self._detector = model, detector
         self._of_trials, self._numbers, self._on_answer = of_trials, numbers, on_answer
         self._n_steps = 0
-        self._rows = {f"{trial}:{name}": (trial, name) for trial, name in rows}
+        self._rows = {f"{trial}{AFTER_TRIAL}{name}": (trial, name) for trial, name in rows}
         requests = [
             GenerationRequest(id=key, token_ids=prompts[name].token_ids, max_tokens=n_tokens)
             for key, (_, name) in self._rows.items()

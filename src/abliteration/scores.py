@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from src.abliteration.answering import Answers, Asked, Detector, batches_of, shows_already
+from src.abliteration.answering import Answers, Asked, Detector, batches_of, shows_already, trial_of
 from src.abliteration.forcing import Forced, checked_lower, force, kept_layers, log_probability
 from src.common.errors import InputError
 from src.models.devices import FREE_MEMORY_SHARE, free_memory
+from src.models.generation import NoNumbers
 from src.models.language_model import LanguageModel, generate_all
 from src.models.lower_layers import LowerStates
 from src.models.teacher_forcing import not_finite
@@ -141,7 +142,14 @@ class Scorer:
             open_trials = [i for i in open_trials if math.isfinite(scores[i].kl) and not gate(scores[i])]
         if open_trials:
             with timed([scores[i] for i in open_trials], "answers"):
-                self._answer_rest(trials, scores, sure, open_trials, gate)
+                while open_trials:
+                    try:
+                        self._answer_rest(trials, scores, sure, open_trials, gate)
+                        break
+                    except NoNumbers as fault:
+                        # Only what it writes itself breaks it; the others are answered anew, without it.
+                        open_trials.remove(broken := trial_of(fault.request_id))
+                        scores[broken].kl, scores[broken].kl_first, scores[broken].stage = math.inf, math.inf, "kl"
         return scores
 
     def scan(self, trials: Sequence[Edits], n_prompts: int) -> list[float]:
@@ -244,6 +252,7 @@ class Scorer:
         # Equal prompts of different trials lie side by side, and long ones with long ones.
         for i in which:
             scores[i].stage = "short" if self._detector.grows else "full"
+            scores[i].behaviour, scores[i].answers = len(sure[i]), {}
 
         def note(trial: int, name: str, shown: bool, text: str | None) -> None:
             scores[trial].behaviour += shown

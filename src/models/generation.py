@@ -26,6 +26,14 @@ ROPE_OF_THE_LONGEST = {"longrope", "dynamic"}
 """Rotary embeddings whose frequencies transformers chooses for a whole batch by its longest row."""
 
 
+class NoNumbers(InputError):
+    """The model's logits are not numbers."""
+
+    def __init__(self, request_id: str, message: str) -> None:
+        super().__init__(message)
+        self.request_id = request_id
+
+
 @dataclass
 class Row:
     """One request on its way."""
@@ -115,9 +123,10 @@ class Batch:
 
     def _append(self, row: Row, token: int, entropy: float, mass: float, eos_ids: frozenset[int]) -> str | None:
         if entropy != entropy:
-            raise InputError(
+            raise NoNumbers(
+                row.request.id,
                 f"request {row.request.id!r}: the model's logits are not numbers at generated token {len(row.tokens)} "
-                f"(dtype {self.model.dtype}); try --dtype float32, and check the weights"
+                f"(dtype {self.model.dtype}); try --dtype float32, and check the weights",
             )
         if token in eos_ids:
             return "stop"
