@@ -33,7 +33,7 @@ class AbliterateConfig(AbliterateSettings):
 
 def main(config: AbliterateConfig) -> None:
     from src.abliteration.markers import read_markers
-    from src.abliteration.prompts import read_split
+    from src.abliteration.prompts import read_split, tell_left_out
     from src.common.row_files import read_text, require_file
     from src.common.system_prompts import PLAIN, read_chat_template
     from src.models.hub import check_reference
@@ -57,6 +57,8 @@ def main(config: AbliterateConfig) -> None:
         run.record(split={side: some.ids() for side, some in split.items()})
         compare_two(config, run, split) if config.evaluate_only else abliterate(config, run, split)
 
+        if config.directions_path is not None:
+            run.record(left_out=tell_left_out(split, config.directions_path))
 
 def abliterate(config: AbliterateConfig, run: Run, split: dict[str, Any]) -> None:
     """Directions, search, choice, report and the edited model."""
@@ -112,7 +114,8 @@ def abliterate(config: AbliterateConfig, run: Run, split: dict[str, Any]) -> Non
         if not study.has_trials():
             best = directions.metadata.best_layer
             points = preparation.first_points(config, scorer, maker, space, best)
-            study.enqueue(preparation.warm_points(config, space) + points)
+            study.enqueue(preparation.warm_points(config, space, study, about["prompts"]) + points)
+        run.record(warm_start=study.warm_start)
         search(config, study, space, maker, scorer, lambda: write_trials(run, study))
 
         # 6. What was found: the front, the choice, the report's prompts before and after, the model.

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from src.abliterate import AbliterateConfig, main
+from src.abliterate import AbliterateConfig
 from src.abliteration.detectors import detector_of
 from src.abliteration.edits import EditMaker, EditOptions
 from src.abliteration.evaluation import Protocol, Reference, report_prompts
@@ -33,35 +33,11 @@ from src.common.runs import start_run
 from src.models.language_model import LanguageModel
 from src.models.single_prompts import SinglePromptRenderer
 from src.models.weight_editor import bake
+from tests.abliterate_runs import directions_in, extracting_here, run_here, trials_of, words
 from tests.conftest import ROOT, module_command
 from tests.fault_server import KEY, plant_key, serve
 from tests.tiny_organism import LAYER, TOPIC, WORD, write_prompts
 from tests.tiny_organism import prompts as topic_prompts
-
-QUICK = (
-    "--response_tokens", "4", "--kl_tokens", "3", "--n_search", "12", "--n_report", "12", "--n_startup_trials", "3"
-)  # fmt: skip
-
-
-def words(organism: Path, prompts: tuple[Path, Path, Path], output: Path, *more: str) -> list[str]:
-    target, control, markers = map(str, prompts)
-    return [
-        "--model_id", str(organism), "--target_prompts", target, "--control_prompts", control,
-        "--markers_path", markers, "--output_dir", str(output), *QUICK, *more,
-    ]  # fmt: skip
-
-
-def run_here(arguments: list[str]) -> None:
-    """As the command does it, in this process: a start of torch less."""
-    main(parse_config(AbliterateConfig, arguments))
-
-
-def directions_in(folder: Path) -> tuple[str, str]:
-    return "--directions_path", str(folder / "directions" / "directions.safetensors")
-
-
-def trials_of(folder: Path) -> list[dict]:
-    return [row for _, row in read_jsonl(folder / "trials.jsonl")]
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +165,8 @@ def test_an_edited_model_is_compared_with_another_by_the_same_protocol(
 def test_every_option_acts(more, finished, organism, prompts, tmp_path) -> None:
     known = () if "--method" in more else directions_in(finished)
     try:
-        run_here(words(organism, prompts, tmp_path / "r", "--n_trials", "3", "--save", "none", *more, *known))
+        with extracting_here():
+            run_here(words(organism, prompts, tmp_path / "r", "--n_trials", "3", "--save", "none", *more, *known))
     except CheckFailed as error:
         assert "is better than no edit" in str(error)
     rows, plain = trials_of(tmp_path / "r"), trials_of(finished)[:3]
@@ -201,13 +178,6 @@ def test_every_option_acts(more, finished, organism, prompts, tmp_path) -> None:
     if "--calibrate" in more:
         # The factor is that of a layer's own direction.
         assert {row["params"]["source"] for row in rows} == {"own"}
-
-
-def test_a_search_begins_with_the_best_points_of_another(finished, organism, prompts, tmp_path) -> None:
-    more = ("--n_trials", "1", "--warm_start", str(finished), "--save", "none", *directions_in(finished))
-    run_here(words(organism, prompts, tmp_path / "r", *more))
-    (row,) = trials_of(tmp_path / "r")
-    assert any(row["params"] == pytest.approx(each["params"]) for each in trials_of(finished))
 
 
 def test_a_judge_decides_as_markers_do(finished, organism, prompts, tmp_path, monkeypatch) -> None:

@@ -20,7 +20,7 @@ from src.abliteration.scores import Scorer
 from src.abliteration.search import on_front
 from src.abliteration.settings import AbliterateSettings
 from src.abliteration.space import Space
-from src.abliteration.study import JOURNAL, open_storage, rows_there
+from src.abliteration.study import JOURNAL, Study, chosen_on, open_storage, rows_there
 from src.common.directions_file import Directions, read_directions
 from src.common.errors import InputError
 from src.common.row_files import read_text
@@ -170,10 +170,11 @@ def first_points(config: AbliterateSettings, scorer: Scorer, maker: EditMaker, s
     return space.starts([plans[i] for i in order[:N_STRONGEST]], best_layer)
 
 
-def warm_points(config: AbliterateSettings, space: Space) -> list[Plan]:
+def warm_points(config: AbliterateSettings, space: Space, study: Study, prompts: str) -> list[Plan]:
     """
-    The front of the study of --warm_start, positions moved to this model's depth. Raises InputError when there is no
-    such study, and when it has other components.
+    The front of the study of --warm_start, positions moved to this model's depth; `study` keeps where they come from.
+    prompts: what `about` says of the search's. Raises InputError when there is no such study, and when it has other
+    components.
     """
     if config.warm_start is None:
         return []
@@ -195,6 +196,10 @@ def warm_points(config: AbliterateSettings, space: Space) -> list[Plan]:
 
 def about(config: AbliterateSettings, model: LanguageModel, directions: Directions, split: Mapping[str, Split]) -> dict:
     """What trials of one study must have in common for their scores to be compared."""
+    is_same = chosen_on(storage, config.study_name, prompts)
+    study.note_warm_start(without_passwords(config.warm_start), is_same)
+    chosen = "the search's prompts of this run" if is_same else "others, among which prompts of its report may be"
+    LOGGER.info("Begun with the %d best points of %s, which were chosen on %s", len(best), given, chosen)
     ids = {side: [(each.id, each.text) for each in some.search] for side, some in split.items()}
     names = ("scorer", "nli_model_id", "nli_hypothesis", "judge_model_id", "judge_base_url", "norm", "components",
              "heads", "calibrate", "induce", "min_weight", "max_weight", "kl_tokens", "response_tokens", "max_kl",

@@ -50,7 +50,8 @@ class AbliterateSettings(ModelConfigBase):
     """Prompts of something that the edit must leave alone: its directions against the control prompts are taken out of
     ours."""
     directions_path: Path | None = None
-    """Directions of this model at all layers; extracted into <output_dir>/directions unless given."""
+    """Directions of this model at all layers; extracted into <output_dir>/directions unless given. Prompts that they
+    were extracted from are left out, and the others are for the search and for the report, half each at most."""
     method: str = setting("mean_difference", choices=METHODS)
     """How directions are extracted, as in src.extract_directions."""
     n_directions: int = 1

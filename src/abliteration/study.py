@@ -28,6 +28,7 @@ from src.common.secrets import without_passwords
 LOGGER = logging.getLogger(__name__)
 JOURNAL = "study.journal"
 ABOUT, SCORES, REPEATS, SURPLUS = "tiller_about", "tiller_scores", "tiller_repeats", "tiller_surplus"
+WARM_START = "tiller_warm_start"
 MEASURED = ("kl", "kl_first", "log_odds", "expected")
 ATTEMPTS = 5
 SQLITE_SECONDS = 60
@@ -99,6 +100,19 @@ class Study:
         self.refuse_other(about)
         if ABOUT not in self._study.user_attrs:
             self._study.set_user_attr(ABOUT, dict(about))
+
+    @property
+    def warm_start(self) -> dict[str, Any] | None:
+        """
+        What the study began with the best points of, None for nothing: `from`, its folder or storage, and
+        `same_search_prompts`, whether those points were chosen on this study's search prompts; else prompts of the
+        report may be among those they were chosen on.
+        """
+        return self._study.user_attrs.get(WARM_START)
+
+    def note_warm_start(self, source: str, same_search_prompts: bool) -> None:
+        """Keep what `warm_start` says."""
+        self._study.set_user_attr(WARM_START, {"from": source, "same_search_prompts": same_search_prompts})
 
     def has_trials(self) -> bool:
         """Whether there is any, tried or waiting."""
@@ -211,6 +225,13 @@ def rows_there(storage: JournalStorage | RDBStorage, name: str) -> list[dict[str
     """The rows of a study's finished trials; none where there is no such study, or it is not of `src.abliterate`."""
     trials = [trial for trial in _trials_there(storage, name) if trial.state == TrialState.COMPLETE]
     return [row_of(trial) for trial in trials if SCORES in trial.user_attrs]
+
+
+def chosen_on(storage: JournalStorage | RDBStorage, name: str, prompts: str) -> bool:
+    """Whether the points of a study that is there, and those that it began with, were chosen on these prompts."""
+    attrs = optuna.load_study(study_name=name, storage=storage, sampler=TPESampler()).user_attrs
+    began = attrs.get(WARM_START, {"same_search_prompts": True})
+    return attrs.get(ABOUT, {}).get("prompts") == prompts and began["same_search_prompts"]
 
 
 def _trials_there(storage: JournalStorage | RDBStorage, name: str) -> list[FrozenTrial]:

@@ -3,6 +3,7 @@ The directions file: unit vectors of a model's layers, with where they come from
 float32 (n_layers, k, d_model) and `layers_present` int64, and one JSON text of metadata under the key `tiller`.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -62,6 +63,8 @@ class DirectionsMetadata(BaseModel):
     control_sha256: str | None = None
     split_sha256: str | None = None
     """Of both prompt sets, and of the split into those fitted and those held out."""
+    prompts_sha256: list[str] | None = None
+    """`prompt_sha256` of every prompt that took part, fitted, held out or preserved, rising; None where unknown."""
     imported_norms: list[list[Number] | None] | None = None
     """Layer → k → the norm that an imported vector had before it was made a unit vector."""
     details: dict[str, Any] = {}
@@ -129,6 +132,13 @@ class Directions:
             raise InputError(f"{self.source}: has no direction for layer {layer}; it has {shown(self.layers_present)}")
         if not 0 <= k_index < self.k:
             raise InputError(f"{self.source}: k_index {k_index}; it has {self.k} directions a layer, from 0")
+
+
+def prompt_sha256(text: str) -> str:
+    """
+    The first 16 hexadecimal digits of the SHA-256 of a prompt, the same whatever its case and the white space around.
+    """
+    return hashlib.sha256(text.strip().casefold().encode()).hexdigest()[:16]
 
 
 def write_directions(path: Path, directions: Directions) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from src.common.directions_exchange import export_directions, import_directions
-from src.common.directions_file import Directions, DirectionsMetadata
+from src.common.directions_file import Directions, DirectionsMetadata, prompt_sha256
 from src.common.errors import InputError
 from src.common.jsonl import round_measured
 from src.directions.examples import sha256_of
@@ -55,6 +55,7 @@ def directions_of(
         target_sha256=_content(contrast.target),
         control_sha256=_content(contrast.control),
         split_sha256=sha256_of(sorted(source.held)),
+        prompts_sha256=sorted({prompt_sha256(example.text) for example in source.examples}),
         details=dict(details),
     )
     return Directions(directions=vectors, layers_present=tuple(result.layer for result in present), metadata=metadata)

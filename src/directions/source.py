@@ -33,6 +33,11 @@ class Source:
         self.held = held_out_ids(self.contrast, config.val_fraction, config.seed)
 
     @property
+    def examples(self) -> list[Example]:
+        """All that take part: both classes, and what is to be preserved."""
+        return [*self.contrast.examples, *self.preserve, *self.against]
+
+    @property
     def inputs(self) -> list[Path]:
         """The files whose content decides the directions."""
         named = [getattr(self.config, name) for name in PATHS]
@@ -53,7 +58,7 @@ class Source:
             self.persona_run.refuse_other_model(facts)
             return self.persona_run.sequences(self.contrast, tokenizer, self.config.token_position), details
         renderer = PromptRenderer(self.config, tokenizer, today)
-        sequences = renderer.sequences([*self.contrast.examples, *self.preserve, *self.against])
+        sequences = renderer.sequences(self.examples)
         if renderer.n_cut:
             LOGGER.warning(
                 "%d of %d prompts have more than %d tokens and were cut on the left of their text",
