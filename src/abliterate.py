@@ -51,14 +51,16 @@ def main(config: AbliterateConfig) -> None:
     if config.chat_template not in (None, PLAIN):
         read_chat_template(config.chat_template)
     check_reference(config.model_id, config.adapter_path)
+    if config.edited_model_id is not None:
+        check_reference(config.edited_model_id, flag="--edited_model_id")
 
     # 2. The run folder, fresh or resumed.
     with start_run(config, "abliterate", inputs=input_files(config)) as run:
         run.record(split={side: some.ids() for side, some in split.items()})
-        compare_two(config, run, split) if config.evaluate_only else abliterate(config, run, split)
-
         if config.directions_path is not None:
             run.record(left_out=tell_left_out(split, config.directions_path))
+        compare_two(config, run, split) if config.evaluate_only else abliterate(config, run, split)
+
 
 def abliterate(config: AbliterateConfig, run: Run, split: dict[str, Any]) -> None:
     """Directions, search, choice, report and the edited model."""

@@ -31,6 +31,7 @@ from src.models.cpu_linear import packed_linears
 from src.models.language_model import LanguageModel
 
 LOGGER = logging.getLogger(__name__)
+FINGERPRINTS = ("model_fingerprint", "adapter_fingerprint")
 MOST_ON_CONTROL = 0.5
 """The behaviour's share of control answers over that of target answers: above, the markers do not part them."""
 N_SCANNED = 6
@@ -57,15 +58,19 @@ def computing(config: AbliterateSettings, model: LanguageModel) -> Iterator[None
 def own_directions(config: AbliterateSettings, path: Any, model: LanguageModel) -> Directions:
     """The directions of a file. Raises InputError when they are another model's, or not of all layers."""
     found = read_directions(path)
-    for name in ("model_fingerprint", "adapter_fingerprint"):
-        if getattr(found.metadata, name) != model.facts.get(name):
-            raise InputError(
-                f"--directions_path {path}: extracted from {found.metadata.model_id}, whose {name} is "
-                f"another than that of --model_id {config.model_id}; extract them from this model"
-            )
+    _refuse_other_model("--directions_path", found, config, model.facts)
     if found.metadata.hook_point != "resid_post":
         raise InputError(f"--directions_path {path}: of {found.metadata.hook_point}; expected resid_post")
     return found
+
+
+def _refuse_other_model(flag: str, found: Directions, config: AbliterateSettings, facts: Mapping[str, Any]) -> None:
+    for name in FINGERPRINTS:
+        if getattr(found.metadata, name) != facts.get(name):
+            raise InputError(
+                f"{flag} {found.source}: extracted from {found.metadata.model_id}, whose {name} is another than that "
+                f"of --model_id {config.model_id}; extract them from this model"
+            )
 
 
 def edit_options(config: AbliterateSettings, directions: Directions) -> EditOptions:
@@ -99,6 +104,7 @@ def _added(config: AbliterateSettings, directions: Directions) -> dict[int, Tens
         return None
     path, layers, coefficient = parsed
     file = read_directions(path)
+    _refuse_other_model("--induce", file, config, {name: getattr(directions.metadata, name) for name in FINGERPRINTS})
     if (file.n_layers, file.d_model) != (directions.n_layers, directions.d_model):
         raise InputError(f"--induce {path}: directions of a model of another shape")
     if layers == "best":
@@ -190,16 +196,16 @@ def warm_points(config: AbliterateSettings, space: Space, study: Study, prompts:
     odd = {name for plan in plans for name in plan.kernels} ^ set(space.components)
     if odd:
         raise InputError(f"{given}: its --components differ by {', '.join(sorted(odd))}")
+    is_same = chosen_on(storage, config.study_name, prompts)
+    study.note_warm_start(without_passwords(config.warm_start), is_same)
+    chosen = "the search's prompts of this run" if is_same else "others, among which prompts of its report may be"
+    LOGGER.info("Begun with the %d best points of %s, which were chosen on %s", len(best), given, chosen)
     depths = [row.get("n_layers", space.n_layers) for row in best]
     return [space.moved(plan, depth) for plan, depth in zip(plans, depths, strict=True)]
 
 
 def about(config: AbliterateSettings, model: LanguageModel, directions: Directions, split: Mapping[str, Split]) -> dict:
     """What trials of one study must have in common for their scores to be compared."""
-    is_same = chosen_on(storage, config.study_name, prompts)
-    study.note_warm_start(without_passwords(config.warm_start), is_same)
-    chosen = "the search's prompts of this run" if is_same else "others, among which prompts of its report may be"
-    LOGGER.info("Begun with the %d best points of %s, which were chosen on %s", len(best), given, chosen)
     ids = {side: [(each.id, each.text) for each in some.search] for side, some in split.items()}
     names = ("scorer", "nli_model_id", "nli_hypothesis", "judge_model_id", "judge_base_url", "norm", "components",
              "heads", "calibrate", "induce", "min_weight", "max_weight", "kl_tokens", "response_tokens", "max_kl",

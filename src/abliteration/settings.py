@@ -1,7 +1,8 @@
 """Settings of an abliteration: prompts, what may be edited, how trials are judged, and how many there are."""
 
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from src.common.errors import InputError
@@ -16,8 +17,10 @@ SCORERS = ("markers", "nli", "judge")
 SAVES = ("model", "adapter", "none")
 AT_LEAST_ONE = (
     "n_trials", "n_startup_trials", "trials_per_batch", "n_directions", "kl_tokens", "response_tokens", "n_search",
-    "n_report", "batch_size", "num_tasks",
+    "n_report", "batch_size", "num_tasks", "check_tokens",
 )  # fmt: skip
+OF_EXTRACTION = ("preserve_prompts", "method", "n_directions", "token_position", "project_out")
+"""Settings by which directions are made, which those of a file are already."""
 HEADS = re.compile(r"(\d+):(\d+(?:,\d+)*)")
 
 
@@ -163,6 +166,7 @@ class AbliterateSettings(ModelConfigBase):
             raise InputError("--evaluate_only and --edited_model_id go together; give both or neither")
         self._check_scorer()
         self._check_edit()
+        self._refuse_idle_extraction()
 
     def _check_scorer(self) -> None:
         if self.scorer == "markers" and self.markers_path is None:
@@ -188,6 +192,16 @@ class AbliterateSettings(ModelConfigBase):
         if self.calibrate and self.n_directions > 1:
             raise InputError("--calibrate: expected one direction a layer, whose projections it compares")
 
+    def _refuse_idle_extraction(self) -> None:
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in OF_EXTRACTION:
+            value = getattr(self, name)
+            if self.directions_path is not None and value != defaults[name]:
+                raise InputError(
+                    f"--{name} {value}: nothing is extracted where --directions_path {self.directions_path} is given; "
+                    f"leave out one of them, or give it to src.extract_directions, which makes such a file"
+                )
+
     def parsed_heads(self) -> dict[int, tuple[int, ...]] | None:
         """Layer → heads, None for all."""
         if self.heads is None:
@@ -207,6 +221,9 @@ class AbliterateSettings(ModelConfigBase):
         file, _, rest = self.induce.partition(":")
         layers, _, coefficient = rest.partition(":")
         try:
-            return Path(file), parse_layers(layers), float(coefficient)
+            parsed = Path(file), parse_layers(layers), float(coefficient)
         except ValueError:
             raise InputError(f"--induce {self.induce!r}: expected FILE:LAYERS:COEFFICIENT") from None
+        if not math.isfinite(parsed[2]):
+            raise InputError(f"--induce {self.induce!r}: a coefficient of {coefficient}; expected a finite number")
+        return parsed

@@ -11,6 +11,7 @@ from src.common.errors import InputError
 # The files that a load reads; never pickled weights, never the second copies that some repositories keep.
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 IGNORED = ["original/*", "consolidated*.safetensors", "onnx/*", "openvino/*", "*.bin", "*.pt", "*.pth"]
+MODEL_FLAG, ADAPTER_FLAG = "--model_id", "--adapter_path"
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
 
@@ -28,27 +29,28 @@ def split_reference(model_id: str, adapter_path: Path | None = None) -> tuple[st
     return base, adapter
 
 
-def check_reference(model_id: str, adapter_path: Path | None = None) -> None:
+def check_reference(model_id: str, adapter_path: Path | None = None, flag: str = MODEL_FLAG) -> None:
     """
     Raise the InputError of a wrong local path at once, before anything slow is imported or fetched.
 
-    A hub id passes: whether it exists is known only when it is fetched.
+    flag: what gave `model_id`. A hub id passes: whether it exists is known only when it is fetched.
     """
     from src.models.bundled import CHAT_MODEL, EMBEDDING_MODEL, PREFIX
 
     base, adapter = split_reference(model_id, adapter_path)
     if base.startswith(PREFIX):
         if base.removeprefix(PREFIX) not in (CHAT_MODEL, EMBEDDING_MODEL):
-            raise InputError(f"--model_id {base}: expected {PREFIX}{CHAT_MODEL} or {PREFIX}{EMBEDDING_MODEL}")
-    elif not _is_hub_id(base, "--model_id"):
-        model_folder(base)
-    if adapter and not _is_hub_id(adapter, "--adapter_path"):
-        adapter_folder(adapter)
+            raise InputError(f"{flag} {base}: expected {PREFIX}{CHAT_MODEL} or {PREFIX}{EMBEDDING_MODEL}")
+    elif not _is_hub_id(base, flag):
+        model_folder(base, flag=flag)
+    adapter_flag = ADAPTER_FLAG if flag == MODEL_FLAG else flag
+    if adapter and not _is_hub_id(adapter, adapter_flag):
+        adapter_folder(adapter, adapter_flag)
 
 
-def model_folder(model_id: str, revision: str | None = None) -> Path:
+def model_folder(model_id: str, revision: str | None = None, flag: str = MODEL_FLAG) -> Path:
     """
-    The local folder that holds a model's files, fetched from the hub when it is a hub id.
+    The local folder that holds a model's files, fetched from the hub when it is a hub id. flag: what gave it.
 
     Raises InputError for a folder that is missing or holds no config.json or weights, an unknown or gated hub id, an
     unknown revision, or an unreachable hub.
@@ -57,12 +59,12 @@ def model_folder(model_id: str, revision: str | None = None) -> Path:
 
     if model_id.startswith(PREFIX):
         return bundled_folder(model_id)
-    return _checked(_local_or_hub(model_id, revision, "--model_id"), "config.json", f"--model_id {model_id}")
+    return _checked(_local_or_hub(model_id, revision, flag), "config.json", f"{flag} {model_id}")
 
 
-def adapter_folder(adapter: str) -> Path:
+def adapter_folder(adapter: str, flag: str = ADAPTER_FLAG) -> Path:
     """The local folder of a LoRA adapter (local or hub). Raises InputError as `model_folder` does."""
-    return _checked(_local_or_hub(adapter, None, "--adapter_path"), "adapter_config.json", f"--adapter_path {adapter}")
+    return _checked(_local_or_hub(adapter, None, flag), "adapter_config.json", f"{flag} {adapter}")
 
 
 def _is_hub_id(name: str, flag: str) -> bool:
