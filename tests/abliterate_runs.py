@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from src.common.errors import CheckFailed
 from src.common.jsonl import read_jsonl
 
 QUICK = (
@@ -32,6 +33,14 @@ def run_here(arguments: Sequence[str]) -> None:
     from src.common.cli import parse_config
 
     main(parse_config(AbliterateConfig, arguments))
+
+
+def search_here(arguments: Sequence[str]) -> None:
+    """`run_here` of a search that may find nothing better than no edit."""
+    try:
+        run_here(arguments)
+    except CheckFailed as error:
+        assert "is better than no edit" in str(error)
 
 
 @contextlib.contextmanager
