@@ -16,6 +16,7 @@ from src.models.lower_layers import entered
 from src.models.shared_prefix import SharedPrefix, can_share_prefix, common_prefix
 from src.models.weight_editor import editing
 from tests.test_weight_editor import directions_of
+from tests.tiny_layouts import layout
 from tests.tiny_models import CONFIGS, tiny_model
 
 WINDOWED_OR_RECURRENT = {"gemma2", "gemma3", "qwen3_next"}
@@ -101,6 +102,19 @@ def test_layers_that_hand_on_more_than_hidden_states_are_run(tokenizer) -> None:
     plain = found_logits(model, maker, [{}], keep=kept)
     found = checked_lower(model, sequences(), kept, [plain[0, i].log_softmax(-1) for i in range(len(sequences()))])
     assert found is None
+
+
+@pytest.mark.parametrize("n_shared", [0, 2])
+def test_layers_that_share_keys_and_values_are_run(tokenizer, n_shared: int) -> None:
+    types = ["sliding_attention", "full_attention"] * 2
+    more = {"num_hidden_layers": 4, "layer_types": types, "num_kv_shared_layers": n_shared}
+    sizes = {"vocab_size": 256, "vocab_size_per_layer_input": 256}
+    model = LanguageModel(layout("gemma4_per_layer_inputs", **more, **sizes), tokenizer)
+    maker = EditMaker(model.model, directions_of(model.model), EditOptions())
+    kept = kept_layers(model, sequences())
+    plain = found_logits(model, maker, [{}], keep=kept)
+    lower = checked_lower(model, sequences(), kept, [plain[0, i].log_softmax(-1) for i in range(len(sequences()))])
+    assert lower is (None if n_shared else kept)
 
 
 def test_layers_that_were_left_out_are_as_they_were() -> None:

@@ -11,7 +11,9 @@ from src.common.errors import InputError
 from src.common.model_config import ModelConfigBase
 from src.models.architectures import decoder_layers
 from src.models.language_model import LanguageModel, generate_all
+from src.models.loading import cache_bytes_per_token
 from src.models.types import GenerationRequest
+from tests.tiny_layouts import config_of
 
 
 def load(model_id: Path | str, **settings: object) -> LanguageModel:
@@ -173,3 +175,8 @@ def test_an_adapters_settings_belong_to_its_fingerprint(adapter: Path, tmp_path:
     (copy / "adapter_config.json").write_text("{")
     with pytest.raises(InputError, match=r"adapter_config\.json: cannot be read"):
         adapter_fingerprint(copy)
+
+
+def test_the_cache_of_layers_that_differ_is_the_sum_of_theirs() -> None:
+    assert cache_bytes_per_token(config_of("llama"), torch.bfloat16) == 2 * 2 * (2 * 8) * 2
+    assert cache_bytes_per_token(config_of("gemma4", global_head_dim=16), torch.bfloat16) == 2 * 2 * (8 + 16) * 2

@@ -134,7 +134,11 @@ def checked_lower(
     def note(trial: int, i: int, logits: Tensor) -> None:
         apart.append(divergence(plain[few[i]], logits).max().item())
 
-    force(model, (), [{}], [forced[i] for i in few], note, lower=kept)
+    try:
+        force(model, (), [{}], [forced[i] for i in few], note, lower=kept)
+    except KeyError:
+        # Layers that look up keys and values which lower ones have put into a mapping of all.
+        return None
     most = MOST_APART if model.model.dtype == torch.float32 else MOST_APART_SHORT
     return kept if max(apart) <= most else None
 

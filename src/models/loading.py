@@ -272,9 +272,14 @@ def context_length(config: PreTrainedConfig) -> int | None:
 def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """Bytes of keys and values that one token of one row takes in the cache, an upper bound with sliding windows."""
     config = config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize
+    # Where layers differ (Gemma 4) a config refuses to name one value for all of them.
+    layers = config.per_layer_config if config.is_heterogeneous else [config] * config.num_hidden_layers
+    widths = [
+        (getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads)
+        * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
+        for layer in layers
+    ]
+    return 2 * sum(widths) * dtype.itemsize
 
 
 def _first_line(error: Exception) -> str:
