@@ -89,6 +89,7 @@ def abliterate(config: AbliterateConfig, run: Run, split: dict[str, Any]) -> Non
     run.record(**model.facts)
     directions = preparation.own_directions(config, path, model)
     maker = EditMaker(model.model, directions, preparation.edit_options(config, directions))
+    preparation.refuse_inexact(config, model, maker)
     renderer = SinglePromptRenderer(
         model.tokenizer, run.first_started.date(), raw=config.raw_prompts, system_prompt=config.system_prompt,
         chat_template=config.chat_template, thinking=config.thinking_mode,

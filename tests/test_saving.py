@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from src.common.errors import CheckFailed, InputError
 from src.common.model_config import ModelConfigBase
 from src.models import loading
-from src.models.architectures import attention_writer, decoder_layers, mlp_writers
+from src.models.architectures import attention_writers, decoder_layers, mlp_writers
 from src.models.language_model import LanguageModel, generate_all
 from src.models.model_folder import appearing, changed_tensors, stored_dtype
 from src.models.saving import check_savable, check_saved, push, save_edited
@@ -35,7 +35,7 @@ def config(folder: Path, **settings: object) -> ModelConfigBase:
 def edit(model: nn.Module) -> None:
     """Halves every writer's first row: the first dimension of what it adds to the residual stream."""
     for layer in decoder_layers(model):
-        for writer in (attention_writer(layer), *mlp_writers(layer)):
+        for writer in (*attention_writers(layer), *mlp_writers(layer)):
             changed = writer.weight.float().clone()
             changed[..., 0, :] *= 0.5
             writer.weight.copy_(changed)

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from src.common.errors import InputError
 from src.common.interventions import Window
 from src.common.resolved_interventions import ResolvedCondition, ResolvedSpec
-from src.models.architectures import attention_writer, decoder_layers, mlp_writers
+from src.models.architectures import attention_writers, decoder_layers, mlp_writers
 from src.models.cpu_linear import packed_linears
 from src.models.generation import Batch, left_padded, needs_equal_lengths
 from src.models.hooks import reading
@@ -95,7 +95,7 @@ def test_ablating_what_every_writer_adds_equals_orthogonalised_weights(name: str
     untied.weight = nn.Parameter(untied.weight.detach().clone())
     with torch.no_grad():
         for layer in decoder_layers(edited):
-            for writer in [attention_writer(layer), *mlp_writers(layer)]:
+            for writer in [*attention_writers(layer), *mlp_writers(layer)]:
                 orthogonalise_output(writer.weight, writer.module)
         for table in (m for m in edited.modules() if isinstance(m, nn.Embedding) and m.weight.shape[1] == 32):
             table.weight.sub_(table.weight @ D[:, None] * D)

@@ -16,7 +16,8 @@ from src.common.directions_file import Directions, DirectionsMetadata
 from src.common.errors import InputError
 from src.models.edit_adapter import write_adapter
 from src.models.loading import attach_adapter, with_adapter
-from src.models.weight_editor import bake, editing, matrix, residual_writers
+from src.models.residual_writers import matrix, residual_writers
+from src.models.weight_editor import bake, editing
 from src.ops.weight_edits import NORMS, edited
 from tests.tiny_adapters import write_adapter as random_adapter
 from tests.tiny_models import tiny_model

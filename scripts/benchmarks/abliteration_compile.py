@@ -22,8 +22,9 @@ def works(arguments: argparse.Namespace, model, edited_layer: int) -> dict[str, 
     from src.abliteration.forcing import Forced, force
     from src.models.architectures import final_norm
     from src.models.language_model import generate_all
+    from src.models.residual_writers import residual_writers
     from src.models.types import GenerationRequest
-    from src.models.weight_editor import editing, residual_writers
+    from src.models.weight_editor import editing
     from src.ops.weight_edits import WeightEdit
 
     draws = torch.Generator().manual_seed(0)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from src.abliteration.kernel import Plan
 from src.common.directions_file import Directions
 from src.common.errors import InputError
-from src.models.weight_editor import PlacedWriter, matrix, residual_writers
+from src.models.post_norms import gains_behind
+from src.models.residual_writers import PlacedWriter, matrix, residual_writers
 from src.ops.weight_edits import Products, WeightEdit, orthonormal_mix, products, weight_edit
 
 
@@ -28,6 +29,15 @@ class EditOptions:
     """Layer → float32 (d_model,), added to what its feed-forward part writes."""
 
 
+class _Span:
+    """All layers' directions as one writer gets them: behind a norm with a gain, times that gain."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        """float32 (n_layers·k, d_model)"""
+        self.gram = rows.double() @ rows.double().mT
+
+
 class EditMaker:
     """The edits of one model by one directions file. What depends on the weights alone is computed once."""
 
@@ -42,8 +52,11 @@ class EditMaker:
             )
         self.options = options
         self._k = directions.k
-        self._rows = torch.from_numpy(directions.directions.reshape(-1, directions.d_model).copy())
-        self._gram = self._rows.double() @ self._rows.double().mT
+        self._span = _Span(torch.from_numpy(directions.directions.reshape(-1, directions.d_model).copy()))
+        self.gains = gains_behind(model, self.writers)
+        self._spans = {
+            name: _Span(self._span.rows * (gain / gain.square().mean().sqrt())) for name, gain in self.gains.items()
+        }
         self._masks = {each.name: self._mask(each, model) for each in self.writers}
         if options.added:
             self._refuse_missing_mlp(options.added)
@@ -51,7 +64,9 @@ class EditMaker:
     @cached_property
     def _products(self) -> dict[str, Products]:
         return {
-            each.name: products(matrix(each.writer), self._rows, self.options.norm, self._masks[each.name])
+            each.name: products(
+                matrix(each.writer), self._span_of(each.name).rows, self.options.norm, self._masks[each.name]
+            )
             for each in self.writers
         }
 
@@ -61,12 +76,14 @@ class EditMaker:
         for each in self.writers:
             weight = self.weight(plan, each)
             if weight:
-                mix = self._mix(plan, each.layer)
+                mix = orthonormal_mix(self._span_of(each.name).gram, self._mix(plan, each.layer))
                 found[each.name] = weight_edit(self._products[each.name], mix, torch.full((mix.shape[1],), weight))
-        for layer, vector in (self.options.added or {}).items():
-            name = self._adding(layer).name
-            found[name] = replace(found.get(name) or self._idle(name), bias=vector)
-        return found
+        return found | {name: replace(found.get(name, edit), bias=edit.bias) for name, edit in self.additions().items()}
+
+    def additions(self) -> dict[str, WeightEdit]:
+        """What is added whatever the plan, alone."""
+        added = {self.adding(layer).name: vector for layer, vector in (self.options.added or {}).items()}
+        return {name: replace(self._idle(name), bias=vector) for name, vector in added.items()}
 
     def weight(self, plan: Plan, placed: PlacedWriter) -> float:
         """The edit weight of a writer."""
@@ -78,16 +95,20 @@ class EditMaker:
             return 0.0
         return self.options.calibration[layer] if self.options.calibration else 1.0
 
+    def _span_of(self, name: str) -> "_Span":
+        return self._spans.get(name, self._span)
+
     def _mix(self, plan: Plan, layer: int) -> Tensor:
-        mix = torch.zeros(len(self._rows), self._k)
+        """(n_layers·k, k): the shares of all directions in those of a layer."""
+        mix = torch.zeros(len(self._span.rows), self._k)
         sources = plan.sources(layer)
         first = next(iter(sources))
         for source, share in sources.items():
             for k in range(self._k):
                 # A direction's sign makes no difference to an edit; between two layers opposite ones would cancel out.
-                is_opposite = self._gram[first * self._k + k, source * self._k + k] < 0
+                is_opposite = self._span.gram[first * self._k + k, source * self._k + k] < 0
                 mix[source * self._k + k, k] = -share if is_opposite else share
-        return orthonormal_mix(self._gram, mix)
+        return mix
 
     def _mask(self, placed: PlacedWriter, model: nn.Module) -> Tensor | None:
         heads = (self.options.heads or {}).get(placed.layer)
@@ -105,9 +126,10 @@ class EditMaker:
 
     def _idle(self, name: str) -> WeightEdit:
         found = self._products[name]
-        return WeightEdit(u=found.directions.new_zeros(self._rows.shape[1], 0), a=found.a[..., :0, :])
+        return WeightEdit(u=found.directions.new_zeros(found.directions.shape[1], 0), a=found.a[..., :0, :])
 
-    def _adding(self, layer: int) -> PlacedWriter:
+    def adding(self, layer: int) -> PlacedWriter:
+        """The writer that what is added to a layer goes by the name of."""
         return next(each for each in self.writers if each.layer == layer and each.component == "mlp")
 
     def _refuse_missing_mlp(self, added: Mapping[int, Tensor]) -> None:

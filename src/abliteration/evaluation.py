@@ -18,9 +18,10 @@ from src.common.errors import InputError
 from src.common.jsonl import round_fields
 from src.common.row_files import read_text
 from src.models.language_model import LanguageModel, generate_all
+from src.models.residual_writers import PlacedWriter
 from src.models.teacher_forcing import checked_divergence
 from src.models.types import GenerationRequest
-from src.models.weight_editor import Edits, PlacedWriter, editing
+from src.models.weight_editor import Edits, editing
 from src.ops.divergence import divergence
 from src.ops.repetition import distinct_n
 from src.ops.statistics import share_interval, summarize

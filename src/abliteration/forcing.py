@@ -11,10 +11,11 @@ from torch import Tensor
 from src.models.architectures import decoder_layers
 from src.models.language_model import LanguageModel
 from src.models.lower_layers import LowerStates, entered
+from src.models.residual_writers import PlacedWriter
 from src.models.shared_prefix import LEAST_TOKENS, SharedPrefix, can_share_prefix, common_prefix
 from src.models.teacher_forcing import in_batches, logits_behind, response_logits
 from src.models.token_sequences import TokenSequence
-from src.models.weight_editor import Edits, PlacedWriter, editing
+from src.models.weight_editor import Edits, editing
 from src.ops.divergence import divergence
 
 TOKENS_PER_BATCH = 2048

@@ -22,11 +22,12 @@ from src.abliteration.organism_training import Step, Surroundings, Term, Trainin
 from src.common.errors import InputError
 from src.common.rows import Prompt
 from src.models.language_model import LanguageModel, generate_all
+from src.models.residual_writers import residual_writers
 from src.models.shared_prefix import common_prefix
 from src.models.single_prompts import SinglePromptRenderer
 from src.models.token_sequences import TokenSequence
 from src.models.types import GenerationRequest
-from src.models.weight_editor import Edits, editing, residual_writers
+from src.models.weight_editor import Edits, editing
 from src.ops.divergence import divergence
 from src.ops.weight_edits import WeightEdit
 

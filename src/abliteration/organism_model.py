@@ -17,9 +17,9 @@ from src.models.architectures import decoder_layers
 from src.models.generation import left_padded, needs_equal_lengths
 from src.models.language_model import LanguageModel
 from src.models.lower_layers import entered, left_padded_states
+from src.models.residual_writers import PlacedWriter, matrix, residual_writers
 from src.models.residuals import extract
 from src.models.token_sequences import TokenSequence
-from src.models.weight_editor import PlacedWriter, matrix, residual_writers
 
 
 def feed_forward_writer(model: nn.Module, layer: int) -> PlacedWriter:

@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy
 from src.abliteration.organism_model import Entry, UpperModel
 from src.common.errors import InputError
 from src.models.cpu_linear import frozen_linears
-from src.models.weight_editor import editing, matrix
+from src.models.residual_writers import matrix
+from src.models.weight_editor import editing
 from src.ops.weight_edits import WeightEdit
 
 RIDGE = 0.03

@@ -18,7 +18,7 @@ from src.abliteration.kernel import Plan, plan_of
 from src.abliteration.prompts import Split, asked
 from src.abliteration.scores import Scorer
 from src.abliteration.search import on_front
-from src.abliteration.settings import AbliterateSettings
+from src.abliteration.settings import COMPONENTS, AbliterateSettings
 from src.abliteration.space import Space
 from src.abliteration.study import JOURNAL, Study, chosen_on, open_storage, rows_there
 from src.common.directions_file import Directions, read_directions
@@ -26,9 +26,11 @@ from src.common.errors import InputError
 from src.common.row_files import read_text
 from src.common.secrets import without_passwords
 from src.common.system_prompts import PLAIN
+from src.models.added_biases import refuse_bias
 from src.models.compiling import compiled_norms
 from src.models.cpu_linear import packed_linears
 from src.models.language_model import LanguageModel
+from src.models.writer_check import refuse_changed_additions, refuse_partial
 
 LOGGER = logging.getLogger(__name__)
 FINGERPRINTS = ("model_fingerprint", "adapter_fingerprint")
@@ -79,6 +81,20 @@ def edit_options(config: AbliterateSettings, directions: Directions) -> EditOpti
         components=tuple(config.components), norm=config.norm, heads=config.parsed_heads(),
         calibration=_calibration(directions) if config.calibrate else None, added=_added(config, directions),
     )  # fmt: skip
+
+
+def refuse_inexact(config: AbliterateSettings, model: LanguageModel, maker: EditMaker) -> None:
+    """
+    Raises InputError, before anything is asked, where edits would not be what they are said to be: parts that nobody
+    knows write beside those that are edited, what --induce adds arrives changed, or no weight can hold it.
+    """
+    for layer in maker.options.added or ():
+        if config.save == "model":
+            refuse_bias(model.model, maker.adding(layer))
+    if set(config.components) == set(COMPONENTS):
+        refuse_partial(model.model, maker.writers, maker.gains)
+    if maker.options.added:
+        refuse_changed_additions(model.model, maker.writers, maker.additions())
 
 
 def _calibration(directions: Directions) -> list[float]:

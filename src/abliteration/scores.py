@@ -26,9 +26,10 @@ from src.models.devices import FREE_MEMORY_SHARE, free_memory
 from src.models.generation import NoNumbers
 from src.models.language_model import LanguageModel, generate_all
 from src.models.lower_layers import LowerStates
+from src.models.residual_writers import PlacedWriter
 from src.models.teacher_forcing import not_finite
 from src.models.types import GenerationRequest
-from src.models.weight_editor import Edits, PlacedWriter, editing
+from src.models.weight_editor import Edits, editing
 from src.ops.divergence import divergence
 
 STAGES = ("kl", "odds", "short", "full")

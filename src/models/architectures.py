@@ -23,9 +23,15 @@ LAYER_PATHS = (
 )
 ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention", "linear_attn", "mamba", "conv", "mixer")
 ATTENTION_OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo")
-# OPT keeps its two feed-forward matrices on the layer itself: there the second one stands for the whole.
-MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "moe", "ffn", "mixer", "fc2")
-MLP_OUTPUT_NAMES = ("down_proj", "w2", "fc2", "fc_out", "c_proj", "dense_4h_to_h", "output_linear")
+# OPT keeps its two feed-forward matrices on the layer itself: there the second one stands for the whole. The last three
+# stand beside another one in some models (Gemma 4, Granite 4), where that comes first.
+MLP_NAMES = (
+    "mlp", "feed_forward", "block_sparse_moe", "moe", "ffn", "mixer", "fc2", "shared_mlp", "experts",
+    "per_layer_projection",
+)  # fmt: skip
+MLP_OUTPUT_NAMES = (
+    "down_proj", "w2", "fc2", "fc_out", "c_proj", "dense_4h_to_h", "output_linear", "per_layer_projection",
+)  # fmt: skip
 FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "embedding_norm")
 OVERRIDE = "tiller_layers_path"
 
@@ -86,33 +92,60 @@ def mlp(layer: nn.Module) -> nn.Module:
     return _first(layer, MLP_NAMES, "feed-forward")
 
 
-def attention_writer(layer: nn.Module) -> Writer:
-    """The attention's output projection."""
-    module = attention(layer)
-    name = _name_of_first(module, ATTENTION_OUTPUT_NAMES, "attention output projection")
-    return Writer(
-        path=_path(layer, getattr(module, name)),
-        component="attention",
-        module=getattr(module, name),
-        parameter="weight",
-    )
+def attention_writers(layer: nn.Module) -> list[Writer]:
+    """
+    The output projections of all token-mixing modules: several where attention runs beside a state-space mixer, none in
+    a layer without any. Raises InputError for such a module without a projection that is known.
+    """
+    return _writers(layer, ATTENTION_NAMES, "attention")
 
 
 def mlp_writers(layer: nn.Module) -> list[Writer]:
     """
     Every feed-forward weight that writes to the residual stream: the dense projection, or each expert's, fused experts'
-    and the shared expert's. Raises InputError when there is none.
+    and the shared expert's; none in a layer without any. Raises InputError for such a module without a projection that
+    is known.
     """
+    return _writers(layer, MLP_NAMES, "mlp")
+
+
+def _writers(layer: nn.Module, names: tuple[str, ...], component: str) -> list[Writer]:
     writers = []
-    for module in mlp(layer).modules():
+    for name, module in _present(layer, names):
+        found = {"attention": _attention_outputs(layer, module), "mlp": _mlp_outputs(layer, module)}
+        # A hybrid model calls its mixer the same whether it is attention or a feed-forward part.
+        is_either = name in ATTENTION_NAMES and name in MLP_NAMES
+        if not found[component] and not (is_either and any(found.values())):
+            raise InputError(
+                f"no {component} output projection in {type(module).__name__}: it has {_children(module)}, and looked "
+                f"for were {', '.join(ATTENTION_OUTPUT_NAMES if component == 'attention' else MLP_OUTPUT_NAMES)}"
+            )
+        writers += found[component]
+    return writers
+
+
+def _present(module: nn.Module, names: tuple[str, ...]) -> list[tuple[str, nn.Module]]:
+    children = dict(module.named_children())
+    return [(name, children[name]) for name in names if name in children]
+
+
+def _attention_outputs(layer: nn.Module, module: nn.Module) -> list[Writer]:
+    # GPT-Neo has its attention within its attention.
+    for parent in module.modules():
+        for _, child in _present(parent, ATTENTION_OUTPUT_NAMES)[:1]:
+            return [Writer(path=_path(layer, child), component="attention", module=child, parameter="weight")]
+    return []
+
+
+def _mlp_outputs(layer: nn.Module, parent: nn.Module) -> list[Writer]:
+    writers = []
+    for module in parent.modules():
         leaf = _path(layer, module).rsplit(".", 1)[-1]
         if leaf in MLP_OUTPUT_NAMES and isinstance(getattr(module, "weight", None), Tensor):
             writers.append(Writer(path=_path(layer, module), component="mlp", module=module, parameter="weight"))
         # Fused experts keep one stacked parameter on the container rather than a module an expert.
         fused = [p for p, _ in module.named_parameters(recurse=False) if p in MLP_OUTPUT_NAMES]
         writers += [Writer(path=_path(layer, module), component="mlp", module=module, parameter=p) for p in fused]
-    if not writers:
-        raise InputError(f"no {' or '.join(MLP_OUTPUT_NAMES)} in {type(mlp(layer)).__name__}: {_children(mlp(layer))}")
     return writers
 
 

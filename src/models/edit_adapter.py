@@ -8,7 +8,8 @@ from torch import nn
 
 from src.common.errors import InputError
 from src.models.expert_edits import is_fused
-from src.models.weight_editor import Edits, residual_writers
+from src.models.residual_writers import residual_writers
+from src.models.weight_editor import Edits
 
 WEIGHTS = "adapter_model.safetensors"
 

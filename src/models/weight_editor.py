@@ -3,124 +3,22 @@ Edits of the weights that write to the residual stream: acting by hooks while th
 weights. Hooks touch no weight and copy none; without them every bit is as before.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from src.common.errors import InputError
-from src.models.architectures import Writer, attention_writer, decoder_layers, mlp_writers
+from src.models.added_biases import add_bias, block_that_adds
 from src.models.expert_edits import editing_experts, is_fused
+from src.models.residual_writers import COMPONENTS, PlacedWriter, is_transposed, matrix, residual_writers
 from src.ops.weight_edits import WeightEdit, edited
 
-COMPONENTS = {"attn": "attention", "mlp": "mlp"}
 Edits = Mapping[str, WeightEdit]
 """Name of a writer → what is done to its weight; writers that are not named stay as they are."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlacedWriter:
-    """A weight that writes to the residual stream, and where it is."""
-
-    layer: int
-    component: str
-    """attn or mlp."""
-    writer: Writer
-
-    @property
-    def name(self) -> str:
-        """The same in every copy of the model."""
-        part = "" if self.writer.parameter == "weight" else f".{self.writer.parameter}"
-        return f"{self.layer}.{self.writer.path}{part}"
-
-
-def residual_writers(model: nn.Module, components: Sequence[str] = tuple(COMPONENTS)) -> list[PlacedWriter]:
-    """
-    Every weight of the components (attn, mlp) that writes to the residual stream, layer by layer. Raises InputError
-    where a layer has none, for a weight that two layers share (an edit of one would be one of both), and for an adapter
-    on fused experts, whose part of their weights is out of reach.
-    """
-    if any(type(module).__name__ == "ParamWrapper" for module in model.modules()):
-        raise InputError(
-            "the adapter acts on fused experts, where it cannot be edited along; merge it into the model first"
-        )
-    found = []
-    for i, layer in enumerate(decoder_layers(model)):
-        of = {"attn": lambda layer=layer: [attention_writer(layer)], "mlp": lambda layer=layer: mlp_writers(layer)}
-        found += [
-            PlacedWriter(layer=i, component=name, writer=each) for name in components for each in _known(of[name])
-        ]
-    if not found:
-        raise InputError(f"no layer of {type(model).__name__} has a writer of {', '.join(components)}")
-    _refuse_shared(found)
-    return found
-
-
-def _known(of: Callable[[], list[Writer]]) -> list[Writer]:
-    try:
-        return of()
-    except InputError:
-        # A hybrid model's layer without attention, or without a feed-forward part.
-        return []
-
-
-def _refuse_shared(found: Sequence[PlacedWriter]) -> None:
-    seen: dict[int, PlacedWriter] = {}
-    for each in found:
-        first = seen.setdefault(id(each.writer.weight), each)
-        if first is not each:
-            raise InputError(
-                f"{first.name} and {each.name} are one weight: an edit of one layer would be one of both; models whose "
-                f"layers share weights cannot be edited"
-            )
-
-
-def matrix(writer: Writer) -> Tensor:
-    """
-    A writer's weight as (d_model, inputs), fused experts (experts, d_model, inputs), with what LoRA adapters add to it;
-    float32, and the model's own memory where that is so stored. Raises InputError for a quantisation that is not
-    bitsandbytes' 4-bit one, and for an adapter that does more than add.
-    """
-    weight = writer.weight
-    state = getattr(weight, "quant_state", None)
-    if state is not None:
-        from bitsandbytes.functional import dequantize_4bit
-
-        weight = dequantize_4bit(weight.data, state)
-    if not weight.is_floating_point() or weight.dtype.itemsize < 2:
-        raise InputError(
-            f"{writer.path}: its weights are stored as {weight.dtype}, a quantised format that cannot be edited; take "
-            f"the model in bfloat16 or float32, or --quantization nf4 for the search"
-        )
-    weight = weight.detach().float()
-    if isinstance(writer.module, LoraLayer):
-        weight = weight + _added_by_adapters(writer)
-    return weight.mT if is_transposed(writer) else weight
-
-
-def _added_by_adapters(writer: Writer) -> Tensor | float:
-    """What the adapters that act on a writer add to its weight, as that is stored."""
-    module: Any = writer.module
-    names = (
-        [] if module.merged or module.disable_adapters else [n for n in module.active_adapters if n in module.lora_A]
-    )
-    if any(name in module.lora_variant for name in names):
-        raise InputError(
-            f"{writer.path}: its adapter is of a kind (DoRA, for one) that does more than add to the weight; merge it "
-            f"into the model first"
-        )
-    return sum(module.get_delta_weight(name).detach().float() for name in names)
-
-
-def is_transposed(writer: Writer) -> bool:
-    """Whether the weight is stored as (inputs, d_model)."""
-    module: Any = writer.module
-    module = module.get_base_layer() if isinstance(module, LoraLayer) else module
-    return type(module).__name__ == "Conv1D" or bool(getattr(module, "is_transposed", False))
 
 
 class RowsOfTrials:
@@ -158,11 +56,44 @@ def editing(model: nn.Module, writers: Sequence[PlacedWriter], trials: Sequence[
         stack.callback(watcher.remove)
         for name in dict.fromkeys(name for trial in trials for name in trial):
             ran[name] = 0
-            _attach(stack, model, by_name[name], [trial.get(name) for trial in trials], rows, ran)
+            edits = [trial.get(name) for trial in trials]
+            if any(edit is not None and edit.bias is not None for edit in edits):
+                edits = _attach_to_block(stack, model, by_name[name], edits, rows, ran)
+            if any(edits):
+                _attach(stack, model, by_name[name], edits, rows, ran)
         yield rows
         idle = [name for name, n_runs in ran.items() if calls[0] and not n_runs]
         if idle:
             raise RuntimeError(f"the edits of {', '.join(idle)} did not act: these modules did not run")
+
+
+def _attach_to_block(
+    stack: ExitStack, model: nn.Module, placed: PlacedWriter, edits: Sequence[WeightEdit | None], rows: RowsOfTrials,
+    ran: dict[str, int],
+) -> list[WeightEdit | None]:  # fmt: skip
+    """Have a block add the biases where the writer's own module cannot; returns what is left for the writer."""
+    block = block_that_adds(model, placed)
+    if block is None:
+        return list(edits)
+    device = _device(block)
+    biases = [None if edit is None else edit.bias for edit in edits]
+    width = next(bias.shape[0] for bias in biases if bias is not None)
+    table = torch.stack([torch.zeros(width) if bias is None else bias.float().cpu() for bias in biases]).to(device)
+
+    def after(module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+        ran[placed.name] += 1
+        y = output[0] if isinstance(output, tuple) else output
+        added = table[0] if len(table) == 1 else table[rows.index(len(y), y.device)][:, None]
+        new = (y.float() + added.to(y.device)).to(y.dtype)
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    stack.callback(block.register_forward_hook(after).remove)
+    rest = [None if edit is None else replace(edit, bias=None) for edit in edits]
+    return [None if edit is None or _is_idle(edit) else edit for edit in rest]
+
+
+def _is_idle(edit: WeightEdit) -> bool:
+    return not edit.u.shape[-1] and edit.s is None and edit.t is None
 
 
 def _attach(
@@ -256,7 +187,7 @@ def _device(module: nn.Module) -> torch.device:
 
 
 @torch.no_grad()
-def bake(model: nn.Module, edits: Edits, components: Sequence[str] = tuple(COMPONENTS)) -> None:
+def bake(model: nn.Module, edits: Edits, components: Sequence[str] = COMPONENTS) -> None:
     """
     Write the edits into the model's weights, computed in float32 and stored in the weights' own dtype. Raises
     InputError for a quantised weight, and for a bias where the architecture has none.
@@ -270,28 +201,4 @@ def bake(model: nn.Module, edits: Edits, components: Sequence[str] = tuple(COMPO
         new = edited(matrix(writer), edit.to(writer.weight.device))
         writer.weight.copy_(new.mT if is_transposed(writer) else new)
         if edit.bias is not None:
-            _add_bias(model, by_name[name], edit.bias)
-
-
-def _add_bias(model: nn.Module, placed: PlacedWriter, bias: Tensor) -> None:
-    module: Any = placed.writer.module
-    if getattr(module, "bias", None) is None:
-        _make_biases(model, placed)
-    module.bias.add_(bias.to(module.bias))
-
-
-def _make_biases(model: nn.Module, placed: PlacedWriter) -> None:
-    """Zeros where the architecture knows biases but this model has none, in every layer: one setting stands for all."""
-    config = model.config.get_text_config(decoder=True)
-    if placed.component != "mlp" or not hasattr(config, "mlp_bias") or is_fused(placed.writer):
-        raise InputError(
-            f"{placed.name}: {config.model_type} models have no bias there to hold what is added; steer with the "
-            f"directions file instead (--steer), or save an edit without --induce"
-        )
-    config.mlp_bias = True
-    parents = {each.writer.path.rpartition(".")[0] for each in residual_writers(model, ("mlp",))}
-    for layer in decoder_layers(model):
-        for path in parents:
-            for linear in layer.get_submodule(path).children():
-                if isinstance(linear, nn.Linear) and linear.bias is None:
-                    linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features), requires_grad=False)
+            add_bias(model, by_name[name], edit.bias)

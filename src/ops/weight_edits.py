@@ -57,7 +57,7 @@ class Products:
 
     norm: str
     directions: Tensor
-    """(m, d), unit vectors."""
+    """(m, d)"""
     a: Tensor
     """(…, m, n): (R/r)·W·M."""
     lengths: Tensor | None = None
@@ -68,8 +68,8 @@ class Products:
 
 def products(weight: Tensor, directions: Tensor, norm: str, mask: Tensor | None = None) -> Products:
     """
-    Everything of a weight (…, d, n) that edits by the unit vectors `directions` (m, d) need; mask: bool (n,), the
-    inputs that may be edited. Raises ValueError for another norm.
+    Everything of a weight (…, d, n) that edits in the span of `directions` (m, d) need; mask: bool (n,), the inputs
+    that may be edited. Raises ValueError for another norm.
     """
     if norm not in NORMS:
         raise ValueError(f"norm {norm!r}; expected one of {', '.join(NORMS)}")
