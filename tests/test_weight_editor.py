@@ -160,15 +160,17 @@ def test_rows_of_several_trials_are_each_under_their_own(name: str, norm: str) -
         assert (together[row] - alone[trial][row]).abs().max() < 1e-5
 
 
-def test_several_trials_are_refused_where_experts_are_fused() -> None:
-    model = tiny_model("mixtral")
+@pytest.mark.parametrize("name", ["mixtral", "opt"])
+def test_several_trials_are_refused_where_rows_are_not_apart(name: str) -> None:
+    model = tiny_model(name)
     maker = EditMaker(model, directions_of(model), EditOptions())
     with (
         pytest.raises(InputError, match="--trials_per_batch 1"),
-        editing(model, maker.writers, [{}, maker.edits(plan())]),
+        editing(model, maker.writers, [{}, maker.edits(plan())]) as rows,
     ):
+        rows.rows = [0, 1, 0]
         logits(model)
-    before = logits(tiny_model("mixtral"))
+    before = logits(tiny_model(name))
     assert torch.equal(logits(model), before)
 
 

@@ -273,7 +273,8 @@ def cache_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """Bytes of keys and values that one token of one row takes in the cache, an upper bound with sliding windows."""
     config = config.get_text_config(decoder=True)
     # Where layers differ (Gemma 4) a config refuses to name one value for all of them.
-    layers = config.per_layer_config if config.is_heterogeneous else [config] * config.num_hidden_layers
+    differ = getattr(config, "is_heterogeneous", False)
+    layers = config.per_layer_config if differ else [config] * config.num_hidden_layers
     widths = [
         (getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads)
         * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)

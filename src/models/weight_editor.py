@@ -29,6 +29,15 @@ class RowsOfTrials:
         self.rows: list[int] | None = None
         """Trial of each row of the next forward calls; None where there is one trial."""
 
+    def index_of(self, x: Tensor) -> Tensor:
+        """int64 (rows,), of a module's input (rows, tokens, inputs). Raises InputError where rows are run together."""
+        if x.ndim != 3:
+            raise InputError(
+                f"several trials at once in a model that runs the tokens of all rows together ({tuple(x.shape)}); take "
+                f"--trials_per_batch 1"
+            )
+        return self.index(len(x), x.device)
+
     def index(self, n_rows: int, device: torch.device) -> Tensor:
         """int64 (n_rows,)."""
         if self.rows is None or len(self.rows) != n_rows:
@@ -162,11 +171,11 @@ class _Several:
 
     def before(self, args: tuple) -> tuple:
         x = args[0]
-        index = self._rows.index(len(x), x.device)
+        index = self._rows.index_of(x)
         return (x * self.t[index].to(x.dtype), *args[1:])
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        index = self._rows.index(len(x), x.device)
+        index = self._rows.index_of(x)
         pick = lambda table: None if table is None else table[index]  # noqa: E731
         return _changed(x, y, self._u[index], self._a[index], pick(self._s), pick(self._bias), self._own_bias)
 
