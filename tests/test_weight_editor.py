@@ -20,6 +20,7 @@ from src.models.residual_writers import matrix, residual_writers
 from src.models.weight_editor import bake, editing
 from src.ops.weight_edits import NORMS, edited
 from tests.tiny_adapters import write_adapter as random_adapter
+from tests.tiny_layouts import layout
 from tests.tiny_models import tiny_model
 
 NAMES = ("llama", "qwen3", "gemma3", "mixtral", "qwen3_moe", "gpt2")
@@ -193,6 +194,39 @@ def test_only_the_heads_asked_for_are_edited() -> None:
     assert changed.all(dim=1).nonzero().flatten().tolist() == [0, 2] and changed.sum() == 2 * changed.shape[1]
     with pytest.raises(InputError, match=r"--heads: layer 1 has heads 0 to 3, and \[9\]"):
         EditMaker(model, directions_of(model), EditOptions(heads={1: (9,)}))
+
+
+def test_linear_attention_has_heads_of_its_own() -> None:
+    model = layout("qwen3_next")
+    maker = EditMaker(model, directions_of(model), EditOptions(heads={0: (1, 7), 1: (3,)}))
+    edits = maker.edits(plan())
+    for name, n_heads, heads in (("0.linear_attn.out_proj", 8, [1, 7]), ("1.self_attn.o_proj", 4, [3])):
+        masked = (edits[name].a != 0).any(dim=0).view(n_heads, 8)
+        assert masked.all(dim=1).nonzero().flatten().tolist() == heads and masked.sum() == 8 * len(heads)
+
+
+@pytest.mark.parametrize(
+    "name, heads, words",
+    [
+        ("llama", {17: (0,)}, "layer 17: the model's layers are 0 to 1"),
+        ("qwen3_next", {0: (8,)}, r"layer 0 has heads 0 to 7, and \[8\]"),
+        ("falcon_h1", {1: (0,)}, "layer 1 has 2 parts that mix tokens"),
+        ("lfm2", {0: (0,)}, "layer 0 has Lfm2ShortConv, whose 32 outputs are of no heads"),
+        ("mamba", {0: (0,)}, "layer 0 has MambaMixer"),
+    ],
+)
+def test_heads_that_are_not_there_are_refused(name: str, heads: dict, words: str) -> None:
+    model = layout(name)
+    with pytest.raises(InputError, match=f"--heads: {words}"):
+        EditMaker(model, directions_of(model), EditOptions(heads=heads))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "opt", "bloom", "falcon", "deepseek_v3", "gemma4", "mamba2"])
+def test_heads_are_known_by_many_names(name: str) -> None:
+    model = layout(name)
+    maker = EditMaker(model, directions_of(model), EditOptions(components=("attn",), heads={1: (3,)}))
+    masked = next(iter(maker.edits(plan()).values())).a != 0
+    assert masked.any(dim=0).sum() * (8 if name == "mamba2" else 4) == masked.shape[1]
 
 
 def test_what_is_added_is_a_bias_in_the_weights() -> None:

@@ -1,6 +1,7 @@
 """From a plan to the edits of a model: directions, heads, calibration and what is added come together here."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from src.abliteration.kernel import Plan
 from src.common.directions_file import Directions
 from src.common.errors import InputError
+from src.models.attention_heads import heads_of
 from src.models.post_norms import gains_behind
 from src.models.residual_writers import PlacedWriter, matrix, residual_writers
 from src.ops.weight_edits import Products, WeightEdit, orthonormal_mix, products, weight_edit
@@ -57,6 +59,7 @@ class EditMaker:
         self._spans = {
             name: _Span(self._span.rows * (gain / gain.square().mean().sqrt())) for name, gain in self.gains.items()
         }
+        self._refuse_odd_heads(options.heads or ())
         self._masks = {each.name: self._mask(each, model) for each in self.writers}
         if options.added:
             self._refuse_missing_mlp(options.added)
@@ -114,15 +117,25 @@ class EditMaker:
         heads = (self.options.heads or {}).get(placed.layer)
         if placed.component != "attn" or heads is None:
             return None
-        n_inputs = matrix(placed.writer).shape[-1]
-        n_heads = model.config.get_text_config(decoder=True).num_attention_heads
-        if n_inputs % n_heads or not set(heads) <= set(range(n_heads)):
+        n_heads, width = heads_of(model, placed)
+        if not set(heads) <= set(range(n_heads)):
             raise InputError(
                 f"--heads: layer {placed.layer} has heads 0 to {n_heads - 1}, and {list(heads)} are asked for"
             )
         mask = torch.zeros(n_heads, dtype=torch.bool)
         mask[list(heads)] = True
-        return mask.repeat_interleave(n_inputs // n_heads)
+        return mask.repeat_interleave(width)
+
+    def _refuse_odd_heads(self, layers: Iterable[int]) -> None:
+        attentions = Counter(each.layer for each in self.writers if each.component == "attn")
+        for layer in layers:
+            if layer >= self.n_layers:
+                raise InputError(f"--heads: layer {layer}: the model's layers are 0 to {self.n_layers - 1}")
+            if attentions[layer] != 1:
+                raise InputError(
+                    f"--heads: layer {layer} has {attentions[layer]} parts that mix tokens; expected one, whose heads "
+                    f"can be told apart"
+                )
 
     def _idle(self, name: str) -> WeightEdit:
         found = self._products[name]
