@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from src.abliteration.study import Study
 
 LOGGER = logging.getLogger(__name__)
-TRIALS, RESPONSES, EVALUATION = "trials.jsonl", "responses.jsonl", "evaluation.json"
+WRITERS, TRIALS, RESPONSES, EVALUATION = "writers.jsonl", "trials.jsonl", "responses.jsonl", "evaluation.json"
 REPORT, EDITED = "report.html", "model"
 
 
@@ -64,6 +64,8 @@ def main(config: AbliterateConfig) -> None:
 
 def abliterate(config: AbliterateConfig, run: Run, split: dict[str, Any]) -> None:
     """Directions, search, choice, report and the edited model."""
+    from rich.console import Console
+
     from src.abliteration import preparation
     from src.abliteration.detectors import detector_of
     from src.abliteration.edits import EditMaker
@@ -73,6 +75,7 @@ def abliterate(config: AbliterateConfig, run: Run, split: dict[str, Any]) -> Non
     from src.abliteration.saved import Outcome
     from src.abliteration.search import search
     from src.abliteration.space import SOURCES, Space
+    from src.abliteration.writers_table import print_writers, writer_rows
     from src.models.language_model import LanguageModel
     from src.models.loading import resolve
     from src.models.saving import check_savable
@@ -90,6 +93,9 @@ def abliterate(config: AbliterateConfig, run: Run, split: dict[str, Any]) -> Non
     directions = preparation.own_directions(config, path, model)
     maker = EditMaker(model.model, directions, preparation.edit_options(config, directions))
     preparation.refuse_inexact(config, model, maker)
+    rows = writer_rows(maker.writers, maker.gains)
+    print_writers(rows, Console(file=sys.stderr))
+    write_jsonl_atomic(run.path(WRITERS), rows)
     renderer = SinglePromptRenderer(
         model.tokenizer, run.first_started.date(), raw=config.raw_prompts, system_prompt=config.system_prompt,
         chat_template=config.chat_template, thinking=config.thinking_mode,

@@ -45,6 +45,7 @@ def finished(organism, prompts, tmp_path_factory, run_module) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "first"
     done = run_module("abliterate", *words(organism, prompts, folder, "--n_trials", "10"))
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "What may be edited: 4 matrices" in done.stderr and "self_attn.o_proj" in done.stderr
     assert "behaviour 0/12" in done.stderr and "Pareto front" in done.stdout and "src.chat" in done.stdout
     return folder
 
@@ -69,6 +70,10 @@ def test_the_behaviour_is_found_and_removed(finished: Path, organism: Path, tiny
     ]
     base, planted, edited = weights
     assert (edited - base).norm() < (planted - base).norm()
+    rows = [row for _, row in read_jsonl(finished / "writers.jsonl")]
+    assert [(row["component"], row["writer"], row["kind"]) for row in rows] == [
+        ("attn", "self_attn.o_proj", "dense"), ("mlp", "mlp.down_proj", "dense")
+    ]  # fmt: skip
     for name in ("report.html", "DONE", "directions/directions.safetensors", "model/README.md", "model/tokenizer.json"):
         assert (finished / name).exists(), name
     assert "<script>alert" not in (finished / "report.html").read_text()

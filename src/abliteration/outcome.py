@@ -55,6 +55,7 @@ def conclude(given: Outcome, study: Study) -> None:
     page = report(Reported(title, shown, chosen["id"], rule, weights, found, responses, about))
     write_text_atomic(run.path("report.html"), page)
     files = {
+        "writers.jsonl": "the matrices that could be edited, equal layers in a row",
         "trials.jsonl": "a row a trial: parameters, scores, the stage it reached",
         "responses.jsonl": "the report's prompts, answered before and after",
         "evaluation.json": "before and after with 95 % intervals, and the chosen trial",

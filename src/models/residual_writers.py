@@ -1,5 +1,6 @@
 """The weights that write to the residual stream: all of a model's, and each as the matrix that it is."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -112,6 +113,24 @@ def matrix(writer: Writer) -> Tensor:
     if isinstance(writer.module, LoraLayer):
         weight = weight + _added_by_adapters(writer)
     return weight.mT if is_transposed(writer) else weight
+
+
+def matrix_shape(writer: Writer) -> tuple[int, ...]:
+    """([experts,] d_model, inputs) of a writer, without computing its matrix."""
+    state = getattr(writer.weight, "quant_state", None)
+    *experts, rows, columns = writer.weight.shape if state is None else state.shape
+    return (*experts, columns, rows) if is_transposed(writer) else (*experts, rows, columns)
+
+
+def stored_as(writer: Writer) -> str:
+    """How a writer's weight is stored, in words."""
+    path = re.search(r"\.\d+(\.|$)", writer.path)
+    parts = [f"{len(writer.weight)} fused experts" if is_fused(writer) else "an expert each" if path else "dense"]
+    if getattr(writer.weight, "quant_state", None) is not None:
+        parts.append("4-bit")
+    if isinstance(writer.module, LoraLayer):
+        parts.append("with LoRA")
+    return ", ".join(parts)
 
 
 def _added_by_adapters(writer: Writer) -> Tensor | float:
