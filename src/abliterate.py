@@ -92,7 +92,7 @@ def abliterate(config: AbliterateConfig, run: Run, split: dict[str, Any]) -> Non
     run.record(**model.facts)
     directions = preparation.own_directions(config, path, model)
     maker = EditMaker(model.model, directions, preparation.edit_options(config, directions))
-    preparation.refuse_inexact(config, model, maker)
+    preparation.refuse_inexact(config, model.model, maker)
     rows = writer_rows(maker.writers, maker.gains)
     print_writers(rows, Console(file=sys.stderr))
     write_jsonl_atomic(run.path(WRITERS), rows)

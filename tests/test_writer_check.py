@@ -1,14 +1,18 @@
 """Every writer of every layout is found, edits reach the stream exactly, and what is not known is refused."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from src.abliterate import AbliterateConfig
 from src.abliteration.edits import EditMaker, EditOptions
 from src.abliteration.kernel import Kernel, Plan
+from src.abliteration.preparation import refuse_inexact
+from src.common.cli import parse_config
 from src.common.errors import InputError
 from src.models.added_biases import refuse_bias
 from src.models.hooks import reading, replacing
@@ -16,6 +20,7 @@ from src.models.post_norms import gains_behind
 from src.models.residual_writers import residual_writers
 from src.models.weight_editor import bake, editing
 from src.models.writer_check import refuse_changed_additions, refuse_partial
+from src.ops.weight_edits import NORMS
 from tests.test_weight_editor import directions_of
 from tests.tiny_layouts import REFUSED, WRITABLE, layout
 
@@ -62,6 +67,23 @@ def test_an_edit_of_weight_1_takes_the_directions_from_what_every_layer_adds(nam
     bake(baked, edits)
     assert max(written(baked, v)) < 1e-5
     refuse_partial(model, maker.writers, maker.gains)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma4_experts", "glm4"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_behind_writers_and_lengths_that_are_kept(name: str, norm: str) -> None:
+    """Columns are turned out of the direction, and hooks do what the weights do."""
+    model = layout(name)
+    directions = directions_of(model)
+    maker = EditMaker(model, directions, EditOptions(norm=norm))
+    edits = maker.edits(Plan(source="one", source_layer=0.0, kernels=WHOLE))
+    with editing(model, maker.writers, [edits]), torch.inference_mode():
+        hooked = model(IDS, use_cache=False).logits
+    bake(model, edits)
+    with torch.inference_mode():
+        assert (model(IDS, use_cache=False).logits - hooked).abs().max() < 1e-4
+    if norm != "row":
+        assert max(written(model, torch.from_numpy(directions.directions[0]).mT)) < 1e-5
 
 
 @pytest.mark.parametrize("name", WITH_BIASES)
@@ -174,6 +196,24 @@ def test_what_no_weight_can_hold_is_refused_before_it_is_searched_for(name: str,
         refuse_bias(model, maker.adding(1))
     with pytest.raises(InputError, match=words):
         bake(model, maker.additions())
+
+
+def test_an_edit_that_is_not_what_it_is_said_to_be_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
+    induced = ["--induce", "file:1:2"]
+    words = ["--model_id", "m", "--target_prompts", "t", "--control_prompts", "c", "--markers_path", "m"]
+    config = lambda *more: parse_config(AbliterateConfig, [*words, "--output_dir", str(tmp_path), *more])  # noqa: E731
+
+    def refuse(name: str, *more: str) -> None:
+        model, maker, _ = adding(name)
+        refuse_inexact(config(*induced, *more), model, maker)
+
+    refuse("llama", "--save", "model")
+    refuse("mixtral", "--save", "none")
+    for name, save, problem in (
+        ("mixtral", "model", "--save model"), ("granite", "none", "as it is"), ("minimax", "none", "not known")
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=problem):
+            refuse(name, "--save", save)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from src.abliteration.detectors import MarkerDetector
 from src.abliteration.edits import EditMaker, EditOptions
@@ -83,18 +83,18 @@ def edit_options(config: AbliterateSettings, directions: Directions) -> EditOpti
     )  # fmt: skip
 
 
-def refuse_inexact(config: AbliterateSettings, model: LanguageModel, maker: EditMaker) -> None:
+def refuse_inexact(config: AbliterateSettings, net: nn.Module, maker: EditMaker) -> None:
     """
     Raises InputError, before anything is asked, where edits would not be what they are said to be: parts that nobody
     knows write beside those that are edited, what --induce adds arrives changed, or no weight can hold it.
     """
     for layer in maker.options.added or ():
         if config.save == "model":
-            refuse_bias(model.model, maker.adding(layer))
+            refuse_bias(net, maker.adding(layer))
     if set(config.components) == set(COMPONENTS):
-        refuse_partial(model.model, maker.writers, maker.gains)
+        refuse_partial(net, maker.writers, maker.gains)
     if maker.options.added:
-        refuse_changed_additions(model.model, maker.writers, maker.additions())
+        refuse_changed_additions(net, maker.writers, maker.additions())
 
 
 def _calibration(directions: Directions) -> list[float]:

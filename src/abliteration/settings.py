@@ -66,7 +66,8 @@ class AbliterateSettings(ModelConfigBase):
     components: list[str] = setting(default_factory=lambda: list(COMPONENTS), choices=COMPONENTS)
     """Whose output weights are edited: attention's, the feed-forward parts', or both."""
     heads: list[str] | None = None
-    """LAYER:HEAD[,HEAD…]: only these attention heads are edited, and no attention of other layers."""
+    """LAYER:HEAD[,HEAD…]: only these heads are edited, those of values in linear attention, and no attention of other
+    layers."""
     norm: str = setting("none", choices=NORMS)
     """Lengths that an edit keeps: none, those of a weight's columns (what each input adds), or of its rows."""
     min_weight: float = 0.0
