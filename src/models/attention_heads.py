@@ -20,7 +20,8 @@ def heads_of(model: nn.Module, placed: PlacedWriter) -> tuple[int, int]:
     own = [n for name in NAMES if isinstance(n := getattr(module, name, None), int)]
     if not own and (hasattr(module, "head_dim") or hasattr(module, "head_size")):
         config = model.config.get_text_config(decoder=True)
-        own = [(config.per_layer_config[placed.layer] if getattr(config, "is_heterogeneous", False) else config).num_attention_heads]
+        differ = getattr(config, "is_heterogeneous", False)
+        own = [(config.per_layer_config[placed.layer] if differ else config).num_attention_heads]
     if not own or n_inputs % own[0]:
         raise InputError(
             f"--heads: layer {placed.layer} has {type(module).__name__}, whose {n_inputs} outputs are of no heads that "
