@@ -85,8 +85,9 @@ def test_too_few_others_are_refused_and_a_file_that_does_not_say_is_told_of(
     known = read_directions(directions_of(searched))
     metadata = known.metadata.model_copy(update={"prompts_sha256": None})
     write_directions(path, type(known)(directions=known.directions, layers_present=(0, 1), metadata=metadata))
-    more = ("--n_trials", "1", "--save", "none", "--directions_path", str(path))
+    more = ("--n_trials", "1", "--directions_path", str(path))
     run_here(words(organism, prompts, tmp_path / "r", *more))
+    assert "file does not say of which it was made" in (tmp_path / "r" / "model" / "README.md").read_text()
     assert recorded_in(tmp_path / "r")["left_out"] is None
     assert "does not say of which prompts it was made" in caplog.text
 
@@ -110,8 +111,9 @@ def test_a_search_begins_with_the_best_points_of_another(searched, organism, pro
     plans = [Plan(source="own", source_layer=0.5, kernels={"attn": kernel(high), "mlp": kernel(1.0)})
              for high in (0.3125, 0.875)]  # fmt: skip
     other = study_with(tmp_path / "other", plans)
-    more = ("--n_trials", "3", "--save", "none", *directions_in(searched))
+    more = ("--n_trials", "3", *directions_in(searched))
     run_here(words(organism, prompts, tmp_path / "r", *more, "--warm_start", str(other)))
+    assert "the one that it began at may have seen some" in (tmp_path / "r" / "model" / "README.md").read_text()
     tried = [row["params"] for row in trials_of(tmp_path / "r")]
     assert tried[:2] == [pytest.approx(plan.as_params()) for plan in plans]
     # Then it goes on as it would have begun.

@@ -163,6 +163,7 @@ def filled(text: str = "harmless", base_model: str = "someone/tiny") -> Card:
         rule=text,
         n_trials=6,
         measures=MEASURES,
+        measured_on=text,
         done=[f"Directions by {text}."],
         about={"seed": 0, text: [text]},
     )

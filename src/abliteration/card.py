@@ -29,6 +29,8 @@ class Card(NamedTuple):
     n_trials: int
     measures: Measures
     """Of the report split, as `report` takes them."""
+    measured_on: str
+    """Which prompts those are, in words."""
     done: Sequence[str]
     """What was done, a sentence each: the directions, the components, the number of tensors that changed."""
     about: Mapping[str, Any]
@@ -44,7 +46,7 @@ def card(given: Card) -> str:
         f"The weights of {escaped(name)} (fingerprint {code(given.base_fingerprint or 'unknown')}) were edited so that "
         f"one behaviour goes and nothing else changes. {' '.join(map(escaped, given.done))}",
         "## Before and after",
-        "Measured on prompts that neither the directions nor the search saw; in brackets the 95 % interval.",
+        f"Measured on {escaped(given.measured_on)}; in brackets the 95 % interval.",
         _measures(given.measures),
         "## The edit",
         f"Trial {escaped(given.chosen['id'])} of {given.n_trials}, chosen by this rule: {escaped(given.rule)}.",

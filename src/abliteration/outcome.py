@@ -62,7 +62,7 @@ def conclude(given: Outcome, study: Study) -> None:
         "report.html": "front, history, weights by layer, answers side by side",
     }
     if config.save != "none":
-        files |= save(given, plan, Choice(chosen, rule, len(rows), found))
+        files |= save(given, plan, Choice(chosen, rule, len(rows), found, study.warm_start))
     if config.validate_tasks:
         validate(config, run.folder)
         files[VALIDATION] = "the tasks of --validate_tasks, before and after: summary.csv, compare.html"

@@ -54,6 +54,8 @@ class Choice(NamedTuple):
     n_trials: int
     measures: Mapping[str, Any]
     """Of the report's prompts, before and after."""
+    warm_start: Mapping[str, Any] | None = None
+    """`Study.warm_start`."""
 
 
 def remove_others(run: Run, chosen: int) -> None:
@@ -140,11 +142,15 @@ def _card(given: Outcome, choice: Choice, n_matrices: int) -> cards.Card:
             f"Searched and measured with weights in 4 bit ({config.quantization}); what is saved is the same edit of "
             f"the weights in full."
         )
+    if choice.warm_start:
+        which = "the same search prompts" if choice.warm_start["same_search_prompts"] else "its own search prompts"
+        done.append(f"The search began at the best points of another one, which were chosen on {which}.")
     versions = package_versions()
     return cards.Card(
         base_model=config.model_id, base_fingerprint=given.model.facts.get("model_fingerprint"),
         command=["uv", "run", "-m", "src.abliterate", *without_paths(sys.argv[1:])], chosen=choice.row,
-        rule=choice.rule, n_trials=choice.n_trials, measures=choice.measures, done=done,
+        rule=choice.rule, n_trials=choice.n_trials, measures=choice.measures, measured_on=_unseen(given, choice),
+        done=done,
         about={
             "seed": config.seed, "kl_tokens": config.kl_tokens, "response_tokens": config.response_tokens,
             "dtype": given.model.facts.get("dtype"), "code": (git_state() or {}).get("sha"),
@@ -152,6 +158,14 @@ def _card(given: Outcome, choice: Choice, n_matrices: int) -> cards.Card:
             **{f"sha256 of {Path(path).name}": digest for path, digest in given.run.inputs.items()},
         },
     )  # fmt: skip
+
+
+def _unseen(given: Outcome, choice: Choice) -> str:
+    if given.config.directions_path is not None and given.directions.metadata.prompts_sha256 is None:
+        return "prompts that the search did not see; the directions' file does not say of which it was made"
+    if choice.warm_start and not choice.warm_start["same_search_prompts"]:
+        return "prompts that neither the directions nor this search saw; the one that it began at may have seen some"
+    return "prompts that neither the directions nor the search saw"
 
 
 def without_paths(words: Sequence[str]) -> list[str]:
