@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 
+from src.abliteration.edits import EditMaker
 from src.abliteration.forcing import checked_lower, kept_layers
 from src.abliteration.study import open_storage, rows_there
 from src.common.errors import InputError
@@ -55,9 +56,9 @@ def is_plain(model: torch.nn.Module) -> bool:
     return all(module._compiled_call_impl is None for module in model.modules())
 
 
-def all_logits(model: LanguageModel, architecture: str) -> list[Tensor]:
+def all_logits(model: LanguageModel, made: tuple[EditMaker, list[list[dict]]]) -> list[Tensor]:
     """What a search makes of a model: batches of many shapes, under trials that change, with caches, in part."""
-    maker, groups = made_groups(model, architecture, reach=0.5)
+    maker, groups = made
     draws = torch.Generator().manual_seed(0)
     ids = [torch.randint(5, 400, shape, generator=draws) for shape in SHAPES]
     kept = kept_layers(model, sequences())
@@ -84,16 +85,18 @@ def answers(model: LanguageModel) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("architecture", sorted(WIDTHS))
 def test_compiled_norms_give_the_same_and_are_compiled_once(architecture: str, tokenizer) -> None:
     model = LanguageModel(tiny_model(architecture), tokenizer)
-    before, texts = all_logits(model, architecture), answers(model)
+    # Edits are made before anything is compiled, as the command does: what is behind writers is found by hooks.
+    made = made_groups(model, architecture, reach=0.5)
+    before, texts = all_logits(model, made), answers(model)
     with compiled_norms(model.model) as n_norms:
         n_at_start = n_graphs()
         assert n_norms >= 5 and 0 < n_at_start <= GRAPHS_PER_WIDTH * WIDTHS[architecture]
-        for one, other in zip(all_logits(model, architecture), before, strict=True):
+        for one, other in zip(all_logits(model, made), before, strict=True):
             assert torch.allclose(one, other, atol=1e-5, rtol=0)
         assert answers(model) == texts
         assert n_graphs() == n_at_start
     assert is_plain(model.model)
-    for one, other in zip(all_logits(model, architecture), before, strict=True):
+    for one, other in zip(all_logits(model, made), before, strict=True):
         assert torch.equal(one, other)
 
 
