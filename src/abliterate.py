@@ -95,7 +95,6 @@ def abliterate(config: AbliterateConfig, run: Run, split: dict[str, Any]) -> Non
     preparation.refuse_inexact(config, model.model, maker)
     rows = writer_rows(maker.writers, maker.gains)
     print_writers(rows, Console(file=sys.stderr))
-    write_jsonl_atomic(run.path(WRITERS), rows)
     renderer = SinglePromptRenderer(
         model.tokenizer, run.first_started.date(), raw=config.raw_prompts, system_prompt=config.system_prompt,
         chat_template=config.chat_template, thinking=config.thinking_mode,
@@ -114,6 +113,8 @@ def abliterate(config: AbliterateConfig, run: Run, split: dict[str, Any]) -> Non
 
         # 5. The search.
         scorer = preparation.prepare_scorer(config, model, maker, detector, split, renderer)
+        # Not before: a run that is refused leaves nothing, and can be given again with other settings.
+        write_jsonl_atomic(run.path(WRITERS), rows)
         space = Space(
             n_layers=model.n_layers, components=tuple(config.components), min_weight=config.min_weight,
             max_weight=config.max_weight, sources=("own",) if config.calibrate else SOURCES,
