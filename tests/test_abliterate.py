@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -79,15 +80,18 @@ def test_the_behaviour_is_found_and_removed(finished: Path, organism: Path, tiny
     assert "<script>alert" not in (finished / "report.html").read_text()
 
 
-def test_more_trials_can_be_added_and_another_chosen(finished: Path, organism, prompts) -> None:
-    before = trials_of(finished)
+def test_more_trials_can_be_added_and_another_chosen(finished: Path, organism, prompts, tmp_path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "r")
+    before = trials_of(folder)
     other = on_front(before, 1.0, 12)[-1]["id"]
-    run_here(words(organism, prompts, finished, "--n_trials", "12", "--select", str(other), "--save", "none"))
-    rows = trials_of(finished)
+    run_here(words(organism, prompts, folder, "--n_trials", "12", "--select", str(other), "--save", "none"))
+    rows = trials_of(folder)
     assert rows[:10] == before and len(rows) == 12
-    assert json.loads((finished / "evaluation.json").read_text())["chosen"]["id"] == other
+    assert json.loads((folder / "evaluation.json").read_text())["chosen"]["id"] == other
+    # The model of the first choice would lie beside the numbers of the second.
+    assert not (folder / "model").exists()
     with pytest.raises(InputError, match="no trial of the front"):
-        run_here(words(organism, prompts, finished, "--n_trials", "12", "--select", "999"))
+        run_here(words(organism, prompts, folder, "--n_trials", "12", "--select", "999"))
 
 
 def test_gates_stop_only_what_could_not_reach_the_front(finished, organism, prompts, tmp_path) -> None:
@@ -244,12 +248,9 @@ def test_an_edit_is_one_of_the_stored_weights_however_the_search_ran(finished, o
 
 
 def test_a_card_says_how_it_was_made_and_nothing_of_the_machine(finished: Path) -> None:
-    card = (finished / "model" / "README.md").read_text()
-    assert (
-        "mean_difference of last_prompt" in card
-        and f"| torch | {torch.__version__.partition('+')[0]}" in card.replace("\\", "")
-    )
-    assert "sha256 of target.jsonl" in card.replace("\\", "") and str(finished.parent) not in card
+    card = (finished / "model" / "README.md").read_text().replace("\\", "")
+    assert "mean_difference of last_prompt" in card and f"| torch | {torch.__version__.partition('+')[0]} |" in card
+    assert "sha256 of target.jsonl" in card and str(finished.parent) not in card
     assert without_paths(["--model_id=/home/me/model", "/home/me/x.jsonl", "--n_trials", "3"]) == [
         "--model_id=model", "x.jsonl", "--n_trials", "3",
     ]  # fmt: skip
