@@ -126,6 +126,9 @@ def test_a_trial_is_asked_for_and_taken(again, monkeypatch, capsys) -> None:
         again("--select", "ask", "--save", "none")
         assert "which trial (" in capsys.readouterr().out
         assert evaluation_of(folder)["chosen"]["id"] == taken
+    # The first model, which another choice has removed: others read it.
+    assert not (folder / "model").exists()
+    again()
 
 
 def test_what_was_saved_is_uploaded_where_it_is_asked_for(again, monkeypatch, capsys) -> None:
