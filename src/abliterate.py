@@ -19,6 +19,9 @@ from src.common.jsonl import write_jsonl_atomic
 from src.common.runs import Run, start_run
 
 if TYPE_CHECKING:
+    from src.abliteration.edits import EditMaker
+    from src.abliteration.scores import Scorer
+    from src.abliteration.space import Space
     from src.abliteration.study import Study
 
 LOGGER = logging.getLogger(__name__)
@@ -74,7 +77,6 @@ def abliterate(config: AbliterateConfig, run: Run, split: dict[str, Any]) -> Non
     from src.abliteration.outcome import conclude
     from src.abliteration.saved import Outcome
     from src.abliteration.search import search
-    from src.abliteration.space import SOURCES, Space
     from src.abliteration.writers_table import print_writers, writer_rows
     from src.models.language_model import LanguageModel
     from src.models.loading import resolve
@@ -115,22 +117,33 @@ def abliterate(config: AbliterateConfig, run: Run, split: dict[str, Any]) -> Non
         scorer = preparation.prepare_scorer(config, model, maker, detector, split, renderer)
         # Not before: a run that is refused leaves nothing, and can be given again with other settings.
         write_jsonl_atomic(run.path(WRITERS), rows)
-        space = Space(
-            n_layers=model.n_layers, components=tuple(config.components), min_weight=config.min_weight,
-            max_weight=config.max_weight, sources=("own",) if config.calibrate else SOURCES,
-        )  # fmt: skip
-        study = open_study(config, run)
-        study.claim(about)
-        if not study.has_trials():
-            best = directions.metadata.best_layer
-            points = preparation.first_points(config, scorer, maker, space, best)
-            study.enqueue(preparation.warm_points(config, space, study, about["prompts"]) + points)
-        run.record(warm_start=study.warm_start)
+        study, space = begin(config, run, maker, scorer, about, directions.metadata.best_layer)
         search(config, study, space, maker, scorer, lambda: write_trials(run, study))
 
         # 6. What was found: the front, the choice, the report's prompts before and after, the model.
         write_trials(run, study)
         conclude(Outcome(config, run, model, directions, maker, reference, scorer.n_before), study)
+
+
+def begin(
+    config: AbliterateConfig, run: Run, maker: "EditMaker", scorer: "Scorer", about: dict[str, Any],
+    best_layer: int | None,
+) -> "tuple[Study, Space]":  # fmt: skip
+    """The study, with the points that it begins with, and the space that it searches."""
+    from src.abliteration import preparation
+    from src.abliteration.space import SOURCES, Space
+
+    space = Space(
+        n_layers=maker.n_layers, components=tuple(config.components), min_weight=config.min_weight,
+        max_weight=config.max_weight, sources=("own",) if config.calibrate else SOURCES,
+    )  # fmt: skip
+    study = open_study(config, run)
+    study.claim(about)
+    if not study.has_trials():
+        points = preparation.first_points(config, scorer, maker, space, best_layer)
+        study.enqueue(preparation.warm_points(config, space, study, about["prompts"]) + points)
+    run.record(warm_start=study.warm_start)
+    return study, space
 
 
 def open_study(config: AbliterateConfig, run: Run) -> "Study":
