@@ -1,5 +1,6 @@
 """The study of a search: what is drawn, what a stop and a second process change of it, and what is refused."""
 
+import time
 from pathlib import Path
 
 import optuna
@@ -58,6 +59,65 @@ def test_two_processes_that_begin_at_once_draw_different_points(tmp_path: Path) 
     trials = [study_in(tmp_path, url=url).ask(2, 20) for _ in range(2)]
     drawn = [SPACE.draw(trial).as_params()["attn.high"] for some in trials for trial in some]
     assert len(set(drawn)) == 4
+
+
+@pytest.mark.parametrize("url", [None, "sqlite:///{}/study.db"], ids=["journal", "sqlite"])
+def test_a_trial_of_a_process_killed_while_it_asked_is_run_again(url: str | None, tmp_path: Path) -> None:
+    """Before its first sign of life, which Optuna then holds for running for ever, and before anything was drawn."""
+    url = url and url.format(tmp_path)
+    storage = open_storage(url, tmp_path, 1.0)
+    killed = Study(storage, "s", n_startup=N_STARTUP, seed=5)
+    plan = SPACE.draw(optuna.create_study().ask())
+    killed.enqueue([plan])
+    assert optuna.load_study(study_name="s", storage=storage).ask().number == 0
+    again = Study(open_storage(url, tmp_path, 1.0), "s", n_startup=N_STARTUP, seed=5)
+    assert again.n_running() == 1
+    deadline = time.monotonic() + 60
+    while again.n_running() and time.monotonic() < deadline:
+        again.take_back(alone=True)
+        time.sleep(0.1)
+    assert again.n_running() == 0
+    (repeat,) = again.ask(1, 1)
+    assert repeat.number == 1 and SPACE.draw(repeat) == plan
+
+
+def test_more_trials_are_those_of_a_search_for_as_many_at_once(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    whole, added = study_in(tmp_path / "whole"), study_in(tmp_path)
+    run(whole, N_TRIALS)
+    assert len(added.ask(2, 1)) == 1
+    added.take_back(alone=True)
+    assert [len(added.ask(2, 1)) for _ in range(3)] == [1, 0, 0]
+    added.take_back(alone=True)
+    run(added, N_TRIALS)
+    assert params(added) == params(whole)
+
+
+def test_a_trial_that_another_process_runs_is_not_taken_from_it(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    one, other = (Study(open_storage(url, tmp_path, 2.0), "s", n_startup=N_STARTUP, seed=5) for _ in range(2))
+    asked = one.ask(1, 2)
+    with one.alive(asked, 2.0):
+        for _ in range(40):
+            other.take_back(alone=True)
+            assert other.n_running() == 1 and other.ask(2, 1) == []
+            time.sleep(0.1)
+    # Nothing is left of waiting for it.
+    assert [trial.number for trial in other._study.trials] == [0]
+
+
+def test_a_process_that_slept_goes_on_without_the_trial_it_lost(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    slept, other = (Study(open_storage(url, tmp_path, 1.0), "s", n_startup=N_STARTUP, seed=5) for _ in range(2))
+    (lost,) = slept.ask(1, 2)
+    deadline = time.monotonic() + 60
+    while other.n_running() and time.monotonic() < deadline:
+        other.take_back(alone=True)
+        time.sleep(0.1)
+    assert slept.draw(lost, SPACE) is None
+    assert not slept.tell(lost, {"params": {}}, (0.0, 0.0))
+    (again,) = slept.ask(1, 2)
+    assert slept.draw(again, SPACE) is not None
 
 
 def test_a_torn_last_line_is_taken_out(tmp_path: Path) -> None:

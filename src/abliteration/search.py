@@ -51,13 +51,15 @@ def _run(
     config: AbliterateSettings, study: Study, space: Space, maker: EditMaker, scorer: Scorer, asked: Sequence[Trial]
 ) -> None:
     """Score some trials in one batch and tell them."""
-    plans = [space.draw(trial) for trial in asked]
+    drawn = [(trial, plan) for trial in asked if (plan := study.draw(trial, space))]
+    if not drawn:
+        return
     full = [row_of(trial) for trial in study.done()]
     # No edit at all is known too.
     known = [(0.0, scorer.n_before)] + [(row["kl"], shown(row)) for row in full if row["stage"] == "full"]
     with timed(scores := [], "all"):
-        scores += scorer.score([maker.edits(plan) for plan in plans], gate_of(config, known))
-    for trial, plan, each in zip(asked, plans, scores, strict=True):
+        scores += scorer.score([maker.edits(plan) for _, plan in drawn], gate_of(config, known))
+    for (trial, plan), each in zip(drawn, scores, strict=True):
         study.tell(
             trial, plain(each) | {"params": plan.as_params(), "n_layers": space.n_layers},
             values(each, config.max_kl, scorer.n_before),

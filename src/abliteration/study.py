@@ -21,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from src.abliteration.kernel import Plan
 from src.abliteration.sampler import TrialSampler
+from src.abliteration.space import Space
 from src.common.errors import InputError
 from src.common.jsonl import repair_torn_tail, round_fields
 from src.common.secrets import without_passwords
@@ -29,6 +30,8 @@ LOGGER = logging.getLogger(__name__)
 JOURNAL = "study.journal"
 ABOUT, SCORES, REPEATS, SURPLUS = "tiller_about", "tiller_scores", "tiller_repeats", "tiller_surplus"
 WARM_START = "tiller_warm_start"
+FIXED = "fixed_params"
+"""Where Optuna keeps the parameters of a trial that was enqueued."""
 MEASURED = ("kl", "kl_first", "log_odds", "expected")
 ATTEMPTS = 5
 SQLITE_SECONDS = 60
@@ -79,6 +82,7 @@ class Study:
         self._study = optuna.create_study(
             storage=storage, study_name=name, sampler=sampler, directions=["minimize", "minimize"], load_if_exists=True
         )
+        self._timed: set[int] = set()
 
     def refuse_other(self, about: Mapping[str, Any]) -> None:
         """Raises InputError when the study is about something else: another model, other prompts, another protocol."""
@@ -131,6 +135,7 @@ class Study:
         if isinstance(self._storage, RDBStorage):
             for trial in self._stale():
                 self._repeat(trial)
+            self._time_those_without_a_sign()
         elif alone:
             for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                 self._repeat(trial)
@@ -138,7 +143,7 @@ class Study:
     def ask(self, n: int, n_trials: int) -> list[optuna.Trial]:
         """Up to `n` trials of the `n_trials` that there are to be; none when all are done or running."""
         asked = []
-        while len(asked) < n:
+        while len(asked) < n and sum(map(_counts, self._study.get_trials(deepcopy=False))) < n_trials:
             trial = self._study.ask()
             if isinstance(self._storage, RDBStorage):
                 # At once: of a process that ends before its first sign of life nothing would be known.
@@ -152,13 +157,21 @@ class Study:
             asked.append(trial)
         return asked
 
+    def draw(self, trial: optuna.Trial, space: Space) -> Plan | None:
+        """The plan of a trial that was asked for; None where another process has taken the trial over."""
+        try:
+            return space.draw(trial)
+        except optuna.exceptions.UpdateFinishedTrialError as error:
+            _warn_of_loss(trial, error)
+            return None
+
     def tell(self, trial: optuna.Trial, scores: Mapping[str, Any], values: tuple[float, float]) -> bool:
         """A trial's scores; False where another process, holding this one for dead, has taken the trial over."""
         try:
             trial.set_user_attr(SCORES, dict(scores))
             self._study.tell(trial, list(values))
         except (ValueError, RuntimeError) as error:
-            LOGGER.warning("trial %d was given to another process meanwhile (%s)", trial.number, error)
+            _warn_of_loss(trial, error)
             return False
         return True
 
@@ -196,18 +209,32 @@ class Study:
         ids = set(self._storage._get_stale_trial_ids(self._study._study_id))
         return [t for t in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if t._trial_id in ids]
 
+    def _time_those_without_a_sign(self) -> None:
+        # Optuna holds a trial for running for ever whose process was killed before its first sign of life. One is given
+        # here for each, once, so that it goes stale unless its process gives the next.
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if trial._trial_id not in self._timed:
+                self._timed.add(trial._trial_id)
+                self._storage.record_heartbeat(trial._trial_id)
+
     def _repeat(self, trial: FrozenTrial) -> None:
         with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
             # Of two processes that see it only one succeeds, and that one has it run again.
             if self._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL):
-                self._study.enqueue_trial(trial.params, user_attrs={REPEATS: trial.number})
+                # Of one killed before it drew them the parameters are those that it was to have, if any.
+                params = trial.system_attrs.get(FIXED, {}) | trial.params
+                self._study.enqueue_trial(params, user_attrs={REPEATS: trial.number})
 
     def _give_back(self, trial: optuna.Trial) -> None:
-        fixed = self._storage.get_trial(trial._trial_id).system_attrs.get("fixed_params")
+        fixed = self._storage.get_trial(trial._trial_id).system_attrs.get(FIXED)
         trial.set_user_attr(SURPLUS, True)
         self._study.tell(trial, state=TrialState.FAIL)
         if fixed:
             self._study.enqueue_trial(fixed)
+
+
+def _warn_of_loss(trial: optuna.Trial, error: Exception) -> None:
+    LOGGER.warning("trial %d was given to another process meanwhile (%s)", trial.number, error)
 
 
 def row_of(trial: FrozenTrial) -> dict[str, Any]:
