@@ -1,12 +1,13 @@
 """The study of a search: what is drawn, what a stop and a second process change of it, and what is refused."""
 
+import re
 import time
 from pathlib import Path
 
 import optuna
 import pytest
 
-from src.abliteration.search import NOTHING_REMOVED, values
+from src.abliteration.search import NOTHING_REMOVED, choose, on_front, values
 from src.abliteration.space import Space
 from src.abliteration.study import JOURNAL, Study, open_storage, rows_there
 from src.common.errors import InputError
@@ -160,3 +161,28 @@ def test_the_sampler_is_told_that_hardly_an_edit_is_no_good() -> None:
     nothing, half, removed = told(1e-6, 10), told(0.01, 5), told(0.02, 0)
     assert removed[0] < half[0] < nothing[0] == pytest.approx(NOTHING_REMOVED, abs=1e-5)
     assert removed == (0.02, 0.0) and nothing[1] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("n", "points", "chosen"),
+    [
+        # KL, counted, expected. What one of 48 still shows is not let go for a tenth less KL.
+        (48, [(0.072, 1, 0.2), (0.0788, 0, 0.0)], 1),
+        # Between answers that none shows, an expectation of less than one answer is not worth the damage.
+        (48, [(0.02, 0, 0.8), (0.3, 0, 0.0)], 0),
+        (48, [(0.02, 0, 1.4), (0.3, 0, 0.0)], 1),
+        # Of 400 a single one is noise.
+        (400, [(0.02, 4, 2.0), (0.3, 0, 0.0)], 0),
+        (400, [(0.02, 5, 2.0), (0.3, 0, 0.0)], 1),
+        # Without an expectation, as from a classifier.
+        (48, [(0.02, 9, None), (0.3, 8, None), (0.5, 8, None)], 1),
+    ],
+)
+def test_which_trial_is_chosen(n: int, points: list, chosen: int) -> None:
+    rows = [
+        {"stage": "full", "kl": kl, "behaviour": counted, "expected": expected, "n_behaviour": n, "id": number}
+        for number, (kl, counted, expected) in enumerate(points)
+    ]
+    found, rule = choose(on_front(rows, max_kl=1.0, n_before=n))
+    assert found["id"] == chosen
+    assert f" of {n} responses" in rule and found["behaviour"] <= int(re.search(r"at most (\d+) counted", rule)[1])
