@@ -7,6 +7,7 @@ import ast
 import shutil
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,12 @@ class Import(NamedTuple):
     line: int
     lazy: bool  # inside a function, or only for type checkers
     relative: bool
+
+
+@cache
+def imports_of(code: str) -> tuple[Import, ...]:
+    """`imports` of a module's text. Kept: the tests ask for the whole tree again and again, one file of it changed."""
+    return tuple(imports(ast.parse(code)))
 
 
 def imports(tree: ast.AST, lazy: bool = False) -> Iterator[Import]:
@@ -68,7 +75,7 @@ def violations(root: Path) -> list[str]:
             if path.stat().st_size:
                 found.append(f"{relative}: not empty")
             continue
-        for item in imports(ast.parse(path.read_text(encoding="utf-8"))):
+        for item in imports_of(path.read_text(encoding="utf-8")):
             complaint = _complaint(relative, item, src)
             if complaint:
                 found.append(f"{relative}:{item.line}: imports {item.module}, {complaint}")
