@@ -35,12 +35,11 @@ MARKERS = ROOT / "data/abliteration/markers.txt"
 def run(
     model_id: str, folder: Path, target: Path, control: Path, *more: str, markers: Path = MARKERS
 ) -> dict[str, Any]:
-    """evaluation.json of `src.abliterate`."""
-    if not (folder / "DONE").exists():
-        words = ["--target_prompts", str(target), "--control_prompts", str(control), "--model_id", model_id, *more]
-        words += ["--markers_path", str(markers), "--response_tokens", "48"]
-        command = [sys.executable, "-m", "src.abliterate", *words, "--output_dir", str(folder)]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    """evaluation.json of `src.abliterate`, given to a finished folder, too: the edited model may be another by now."""
+    words = ["--target_prompts", str(target), "--control_prompts", str(control), "--model_id", model_id, *more]
+    words += ["--markers_path", str(markers), "--response_tokens", "48"]
+    command = [sys.executable, "-m", "src.abliterate", *words, "--output_dir", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return json.loads((folder / "evaluation.json").read_text())
 
 
