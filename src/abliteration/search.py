@@ -19,11 +19,10 @@ from src.abliteration.study import Study, front, row_of
 LOGGER = logging.getLogger(__name__)
 NOTHING_REMOVED = 0.1
 """Nats per token: what the sampler is told on top of the KL of an edit that removes nothing; of others their share."""
-EXPECTED_SLACK, COUNTED_SLACK = 0.025, 0.01
-"""
-Of the responses: how many more than the fewest may show the behaviour in the trial that auto chooses, by expectation
-and counted. What is counted on few prompts is not let go for a little KL: they are the prompts it was chosen on.
-"""
+SHARE_SLACK = 0.025
+"""Of the responses: how many more than the fewest may show the behaviour in the trial that auto chooses."""
+TIMES_KL = 2.0
+"""The KL, of the least, that an answer fewer may cost."""
 
 
 def search(
@@ -126,14 +125,14 @@ def shown(row: Mapping[str, Any]) -> float:
 def choose(best: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], str]:
     """The trial of the front that --select auto takes, and by which rule, in words."""
     n = best[0]["n_behaviour"]
-    most = min(map(shown, best)) + max(1, math.floor(EXPECTED_SLACK * n))
+    most = min(map(shown, best)) + max(1, math.floor(SHARE_SLACK * n))
     near = [row for row in best if shown(row) <= most]
-    counted = min(row["behaviour"] for row in near) + math.floor(COUNTED_SLACK * n)
+    bound = TIMES_KL * min(row["kl"] for row in near)
     rule = (
-        f"the least KL among the trials of the front with at most {most:.3g} of {n} responses that show the behaviour "
-        f"by expectation and at most {counted} counted"
+        f"of the trials of the front with at most {most:.4g} of {n} responses that show the behaviour, counted or "
+        f"expected, and at most {TIMES_KL:g} times the least KL of those: the fewest counted, then the least KL"
     )
-    return min((row for row in near if row["behaviour"] <= counted), key=lambda row: row["kl"]), rule
+    return min((row for row in near if row["kl"] <= bound), key=lambda row: (row["behaviour"], row["kl"])), rule
 
 
 def best_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
