@@ -139,7 +139,7 @@ def begin(
     )  # fmt: skip
     study = open_study(config, run)
     study.claim(about)
-    if not study.has_trials():
+    if not study.is_begun:
         points = preparation.first_points(config, scorer, maker, space, best_layer)
         study.enqueue(preparation.warm_points(config, space, study, about["prompts"]) + points)
     run.record(warm_start=study.warm_start)

@@ -18,7 +18,7 @@ class TrialSampler(BaseSampler):
     Multivariate TPE (Bergstra et al. 2011; Falkner et al. 2018, arXiv 1807.01774), seeded anew for every trial. What it
     draws depends on the seed, on the trial's number and on the trials before it: not on the process, nor on when that
     began. So processes that share a study never draw the same points, and one that has it alone goes on after a stop as
-    if there had been none.
+    if there had been none, but for one in the milliseconds in which a trial is drawn or the second of a batch is told.
     """
 
     def __init__(self, seed: int, n_startup: int, *, alone: bool) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import sqlalchemy
 from optuna.samplers import TPESampler
 from optuna.storages import JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
@@ -29,7 +30,7 @@ from src.common.secrets import without_passwords
 LOGGER = logging.getLogger(__name__)
 JOURNAL = "study.journal"
 ABOUT, SCORES, REPEATS, SURPLUS = "tiller_about", "tiller_scores", "tiller_repeats", "tiller_surplus"
-WARM_START = "tiller_warm_start"
+WARM_START, BEGUN = "tiller_warm_start", "tiller_begun"
 FIXED = "fixed_params"
 """Where Optuna keeps the parameters of a trial that was enqueued."""
 MEASURED = ("kl", "kl_first", "log_odds", "expected")
@@ -56,9 +57,12 @@ def open_storage(
     waits = {"connect_args": {"timeout": SQLITE_SECONDS}} if url.startswith("sqlite") else {}
     for attempt in range(ATTEMPTS):
         try:
-            return RDBStorage(
+            storage = RDBStorage(
                 url, engine_kwargs=waits, heartbeat_interval=beat, grace_period=max(beat + 1, int(stale_seconds))
             )
+            if url.startswith("sqlite"):
+                _lock_as_begun(storage)
+            return storage
         except (ValueError, ImportError, OSError) as error:
             raise InputError(_told(url, error)) from error
         except SQLAlchemyError as error:
@@ -67,6 +71,19 @@ def open_storage(
                 raise InputError(_told(url, error)) from error
             time.sleep(1.0)
     raise AssertionError("the last attempt returns or raises")
+
+
+def _lock_as_begun(storage: RDBStorage) -> None:
+    """
+    Has a transaction of SQLite hold the database from its first statement. Optuna reads a trial's state FOR UPDATE,
+    which SQLite does not know, before it writes the next: of two processes both would take the same trial.
+    https://docs.sqlalchemy.org/en/20/dialects/sqlite.html#pysqlite-sqlite3-sql-driver-dbapi-transaction-control
+    """
+    sqlalchemy.event.listen(
+        storage.engine, "connect", lambda connection, _: setattr(connection, "isolation_level", None)
+    )
+    sqlalchemy.event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+    storage.engine.dispose()
 
 
 def _told(url: str, error: Exception) -> str:
@@ -82,7 +99,6 @@ class Study:
         self._study = optuna.create_study(
             storage=storage, study_name=name, sampler=sampler, directions=["minimize", "minimize"], load_if_exists=True
         )
-        self._timed: set[int] = set()
 
     def refuse_other(self, about: Mapping[str, Any]) -> None:
         """Raises InputError when the study is about something else: another model, other prompts, another protocol."""
@@ -123,9 +139,18 @@ class Study:
         return bool(self._study.get_trials(deepcopy=False))
 
     def enqueue(self, plans: Sequence[Plan]) -> None:
-        """Have these points tried first; of two processes that begin a study at once only one has its points in it."""
+        """
+        Have these points tried first, and hold the study for begun. A point that is in it is not put there again,
+        unless another process begins the study in the same moment.
+        """
         for plan in plans:
             self._study.enqueue_trial(plan.as_params(), skip_if_exists=True)
+        self._study.set_user_attr(BEGUN, True)
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether it has all points that it begins with: a process may have been killed while it put them there."""
+        return BEGUN in self._study.user_attrs or bool(self.done())
 
     def take_back(self, alone: bool) -> None:
         """
@@ -194,7 +219,11 @@ class Study:
         def beat() -> None:
             while not ended.is_set():
                 for trial in trials:
-                    self._storage.record_heartbeat(trial._trial_id)
+                    try:
+                        self._storage.record_heartbeat(trial._trial_id)
+                    except optuna.exceptions.StorageInternalError as error:
+                        # The next one may arrive; without any, another process would run the trial, too.
+                        LOGGER.warning("trial %d: no sign of life could be given (%s)", trial.number, error)
                 ended.wait(max(0.2, stale_seconds / BEATS_PER_STALE))
 
         thread = threading.Thread(target=beat, daemon=True)
@@ -211,10 +240,11 @@ class Study:
 
     def _time_those_without_a_sign(self) -> None:
         # Optuna holds a trial for running for ever whose process was killed before its first sign of life. One is given
-        # here for each, once, so that it goes stale unless its process gives the next.
+        # here, so that it goes stale unless its process gives the next.
+        with self._storage.engine.connect() as connection:
+            signed = set(connection.execute(sqlalchemy.text("SELECT trial_id FROM trial_heartbeats")).scalars())
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if trial._trial_id not in self._timed:
-                self._timed.add(trial._trial_id)
+            if trial._trial_id not in signed:
                 self._storage.record_heartbeat(trial._trial_id)
 
     def _repeat(self, trial: FrozenTrial) -> None:
@@ -226,11 +256,15 @@ class Study:
                 self._study.enqueue_trial(params, user_attrs={REPEATS: trial.number})
 
     def _give_back(self, trial: optuna.Trial) -> None:
-        fixed = self._storage.get_trial(trial._trial_id).system_attrs.get(FIXED)
-        trial.set_user_attr(SURPLUS, True)
-        self._study.tell(trial, state=TrialState.FAIL)
-        if fixed:
-            self._study.enqueue_trial(fixed)
+        known = self._storage.get_trial(trial._trial_id)
+        try:
+            trial.set_user_attr(SURPLUS, True)
+            self._study.tell(trial, state=TrialState.FAIL)
+        except (ValueError, RuntimeError) as error:
+            _warn_of_loss(trial, error)
+            return
+        if FIXED in known.system_attrs:
+            self._study.enqueue_trial(known.system_attrs[FIXED], user_attrs=known.user_attrs)
 
 
 def _warn_of_loss(trial: optuna.Trial, error: Exception) -> None:
