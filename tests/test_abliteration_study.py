@@ -108,6 +108,13 @@ def test_of_two_processes_only_one_gets_a_trial(tmp_path: Path) -> None:
     assert not set(one) & set(other) and sorted([*one, *other]) == list(range(n, 3 * n))
 
 
+def test_a_study_that_may_only_be_read_is_read(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    run(study_in(tmp_path, url=url), 2)
+    storage = open_storage(f"sqlite:///file:{tmp_path / 'study.db'}?mode=ro&uri=true", tmp_path, 5.0, is_own=False)
+    assert len(rows_there(storage, "s")) == 2
+
+
 @pytest.mark.parametrize("url", [None, "sqlite:///{}/study.db"], ids=["journal", "sqlite"])
 def test_points_that_a_kill_left_out_are_put_there_later(url: str | None, tmp_path: Path) -> None:
     plans = [SPACE.draw(optuna.create_study().ask()) for _ in range(3)]
