@@ -148,7 +148,8 @@ def begin(
 
 def open_study(config: AbliterateConfig, run: Run) -> "Study":
     """The study of --storage, or the one in the run's folder, begun where there is none."""
-    from src.abliteration.study import Study, open_storage
+    from src.abliteration.storage import open_storage
+    from src.abliteration.study import Study
 
     n_startup = config.n_startup_trials or min(60, max(1, config.n_trials // 4))
     storage = open_storage(config.storage, run.folder, config.stale_seconds)

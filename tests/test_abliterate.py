@@ -25,7 +25,7 @@ from src.abliteration.outcome import measured
 from src.abliteration.prompts import read_split
 from src.abliteration.saved import Choice, Outcome, save, without_paths
 from src.abliteration.search import on_front
-from src.abliteration.study import open_storage
+from src.abliteration.storage import open_storage
 from src.common.cli import parse_config
 from src.common.directions_file import read_directions
 from src.common.errors import CheckFailed, InputError

@@ -6,7 +6,8 @@ import pytest
 
 from src.abliteration.kernel import Kernel, Plan
 from src.abliteration.space import Space
-from src.abliteration.study import Study, open_storage
+from src.abliteration.storage import open_storage
+from src.abliteration.study import Study
 from src.common.directions_file import prompt_sha256, read_directions, write_directions
 from src.common.errors import InputError
 from src.common.jsonl import read_jsonl, write_jsonl_atomic

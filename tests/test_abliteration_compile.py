@@ -15,7 +15,8 @@ from torch._dynamo.utils import counters
 
 from src.abliteration.edits import EditMaker
 from src.abliteration.forcing import checked_lower, kept_layers
-from src.abliteration.study import open_storage, rows_there
+from src.abliteration.storage import open_storage
+from src.abliteration.study import rows_there
 from src.common.errors import InputError
 from src.models import compiling
 from src.models.compiling import compiled_norms

@@ -11,7 +11,8 @@ import pytest
 
 from src.abliteration.search import NOTHING_REMOVED, choose, on_front, values
 from src.abliteration.space import Space
-from src.abliteration.study import JOURNAL, REPEATS, Study, open_storage, rows_there
+from src.abliteration.storage import JOURNAL, open_storage
+from src.abliteration.study import REPEATS, Study, rows_there
 from src.common.errors import InputError
 from src.common.provenance import command_line, without_secrets
 
@@ -100,7 +101,7 @@ def test_of_two_processes_only_one_gets_a_trial(tmp_path: Path) -> None:
         barrier.wait()
         return [trial.number for trial in mine.ask(n, 2 * n)]
 
-    barrier = threading.Barrier(2)
+    barrier = threading.Barrier(2, timeout=120)
     with ThreadPoolExecutor(2) as pool:
         one, other = pool.map(asked, [barrier] * 2)
     repeats = [trial.user_attrs[REPEATS] for trial in ended._study.trials if REPEATS in trial.user_attrs]

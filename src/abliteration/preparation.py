@@ -20,7 +20,8 @@ from src.abliteration.scores import Scorer
 from src.abliteration.search import on_front
 from src.abliteration.settings import COMPONENTS, AbliterateSettings
 from src.abliteration.space import Space
-from src.abliteration.study import JOURNAL, Study, chosen_on, open_storage, rows_there
+from src.abliteration.storage import JOURNAL, open_storage
+from src.abliteration.study import Study, chosen_on, rows_there
 from src.common.directions_file import Directions, read_directions
 from src.common.errors import InputError
 from src.common.row_files import read_text
